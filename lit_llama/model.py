@@ -1,0 +1,269 @@
+"""The whole Llama in one file, with Hugging Face's module and parameter names.
+
+RMSNorm, rotary embedding, grouped-query attention with an optional sliding window, SwiGLU MLP, and the cache of keys and
+values for generation. LoRA, quantization and the like wrap the named linear layers from outside; nothing here knows of them.
+
+    input_ids (batch, length)
+      -> embed_tokens                     (batch, length, hidden)
+      -> num_hidden_layers x DecoderLayer
+           x = x + self_attn(input_layernorm(x))
+           x = x + mlp(post_attention_layernorm(x))
+      -> norm                             normalised hidden states, what `model.model(...)` returns
+      -> lm_head                          logits (batch, length, vocab)
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lit_llama.config import LlamaConfig
+from lit_llama.errors import InputError
+from lit_llama.functional import CausalMask, RMSNormFunction, SwiGLUFunction, attention, cached_attention, rotate
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned weight; see `functional.RMSNormFunction`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask, cache: "KVCache | None") -> Tensor:
+        batch, length, _ = x.shape
+        # (batch, length, heads * head_dim) -> (batch, heads, length, head_dim)
+        query, key, value = (
+            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2).contiguous()
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is None:
+            mixed = attention(query, key, value, mask)
+        else:
+            mixed = cached_attention(query, *cache.append(self.layer, key, value), cache.hidden)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on the normalised input and added back to it."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask, cache: "KVCache | None") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Everything but the head: tokens to normalised hidden states."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Not a buffer: it must stay fp32 when the model is cast to bf16, and real when the model is built on meta.
+        self._inverse_frequencies = rotary_inverse_frequencies(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (batch, length) int64.
+            position_ids: (batch, length) int64 rotary positions; by default 0, 1, ... (after what a cache holds).
+            document_ids: (batch, length) int64; a token attends only to tokens of its own document, whose tokens lie together.
+                Not with a cache.
+            cache: keys and values of the tokens before; the new ones are added to it.
+
+        Returns:
+            (batch, length, hidden) in the dtype of the weights.
+
+        Raises:
+            InputError: the sequence is longer than the cache or than the model's context.
+        """
+        batch, length = input_ids.shape
+        if cache is not None:
+            if document_ids is not None:
+                raise InputError("document_ids cannot be used together with a cache")
+            cache.prepare(length)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)[None]
+            if cache is not None:
+                position_ids = cache.position_ids(position_ids)
+        x = self.embed_tokens(input_ids)
+        cos, sin = self.rotary_tables(position_ids, x.dtype)
+        mask = CausalMask(length, document_ids, self.config.sliding_window, x.device)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += length
+        return self.norm(x)
+
+    def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions, (batch, 1, length, head_dim), computed in fp32; for `functional.rotate`."""
+        if self._inverse_frequencies.device != position_ids.device:
+            self._inverse_frequencies = self._inverse_frequencies.to(position_ids.device)
+        angles = position_ids[:, None, :, None] * self._inverse_frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+class Llama(nn.Module):
+    """A Llama or Mistral language model."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.fingerprint: str | None = None
+        """Which base checkpoint the weights came from (`checkpoint.fingerprint`); adapters remember it."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Logits (batch, length, vocab) in the dtype of the weights; arguments as in `LlamaModel.forward`."""
+        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
+
+    def initialize_(self, std: float = 0.02) -> None:
+        """Draw all weights afresh (normal, norms to one) to pretrain from nothing."""
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in memory set aside once: (batch, kv_heads, max_length, head_dim) a layer.
+
+    Prompts of different lengths are padded on the left; `padding` then holds the number of padding tokens of each row, which
+    no query sees and no position counts.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        padding: Tensor | None = None,  # (batch,) int64
+    ) -> None:
+        if max_length > config.max_position_embeddings:
+            raise InputError(
+                f"a sequence of {max_length} tokens is longer than the model's context of {config.max_position_embeddings}"
+            )
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.max_length = max_length
+        self.sliding_window = config.sliding_window
+        self.padding = padding
+        self.length = 0
+        """Tokens held, padding included."""
+        self.hidden: Tensor | None = None
+        """Mask of the forward pass under way: (batch or 1, 1, new, length + new), True where a query must not look."""
+
+    def prepare(self, new: int) -> None:
+        """Make ready for `new` more tokens a row: check the room, work out the mask once for all layers."""
+        total = self.length + new
+        if total > self.max_length:
+            raise InputError(f"the cache holds {self.max_length} tokens; {total} are needed")
+        device = self.keys[0].device
+        windowed = self.sliding_window is not None and total > self.sliding_window
+        if new == 1 and self.padding is None and not windowed:
+            self.hidden = None
+            return
+        queries = torch.arange(self.length, total, device=device)[:, None]
+        keys = torch.arange(total, device=device)
+        hidden = (keys > queries)[None]
+        if windowed:
+            hidden = hidden | (keys <= queries - self.sliding_window)
+        if self.padding is not None:
+            # A padding query sees itself, so that its softmax has something to sum; nobody reads the result.
+            hidden = hidden | ((keys < self.padding[:, None, None]) & (keys != queries))
+        self.hidden = hidden[:, None]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values of one layer; returns all of that layer's so far (views)."""
+        total = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : total] = key
+        self.values[layer][:, :, self.length : total] = value
+        return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
+
+    def position_ids(self, offsets: Tensor) -> Tensor:
+        """Rotary positions of new tokens at `offsets` (1, new) behind the cache's end; padding does not count."""
+        if self.padding is None:
+            return self.length + offsets
+        return (self.length + offsets - self.padding[:, None]).clamp_min_(0)
+
+
+def rotary_inverse_frequencies(config: LlamaConfig) -> Tensor:
+    """Angles per position of the head_dim / 2 rotated pairs, fp32 (head_dim / 2,).
+
+    Scaling "linear" divides all by a factor; "llama3" divides the long wavelengths and blends in between (Llama 3.1).
+    """
+    with torch.device("cpu"):
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        frequencies = 1.0 / (config.rope_theta**exponents)
+        scaling = config.rope_scaling
+        if scaling is None:
+            return frequencies
+        if scaling["rope_type"] == "linear":
+            return frequencies / scaling["factor"]
+        wavelengths = 2 * math.pi / frequencies
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+        smooth = smooth.clamp(0, 1)
+        return (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
