@@ -1,0 +1,83 @@
+"""linear_cross_entropy against torch's own cross-entropy on full logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_llama.loss import IGNORE_INDEX, linear_cross_entropy
+
+
+def problem(tokens: int = 150, hidden: int = 24, vocab: int = 211, dtype: torch.dtype = torch.float32) -> tuple:
+    torch.manual_seed(0)
+    h = torch.randn(3, tokens // 3, hidden).to(dtype).requires_grad_()
+    w = (torch.randn(vocab, hidden) * 0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (3, tokens // 3))
+    labels[torch.rand(labels.shape) < 0.3] = IGNORE_INDEX
+    return h, w, labels
+
+
+def plain(h: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+    logits = (h @ w.T).flatten(0, 1)
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
+def test_value_and_gradients_equal_the_plain_loss(reduction: str, chunk_tokens: int) -> None:
+    h, w, labels = problem()
+    expected = plain(h, w, labels, reduction)
+    expected_grads = torch.autograd.grad(expected, (h, w))
+    loss = linear_cross_entropy(h, w, labels, reduction, chunk_tokens)
+    grads = torch.autograd.grad(loss, (h, w))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).abs().max() <= 1e-6 * expected_grad.abs().max()
+
+
+def test_frozen_head_and_scaled_loss() -> None:
+    h, w, labels = problem()
+    frozen = w.detach()
+    (grad,) = torch.autograd.grad(linear_cross_entropy(h, frozen, labels) * 3, h)
+    (expected,) = torch.autograd.grad(plain(h, frozen, labels, "mean") * 3, h)
+    assert (grad - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_gradcheck_in_double_precision() -> None:
+    h, w, labels = problem(tokens=12, hidden=5, vocab=13, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, chunk_tokens=5), (h, w))
+
+
+def test_large_logits_stay_finite() -> None:
+    h, w, labels = problem()
+    loss = linear_cross_entropy(h * 1e4, w, labels)
+    torch.testing.assert_close(loss, plain(h * 1e4, w, labels, "mean"), rtol=1e-5, atol=0)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (h, w)))
+
+
+def test_bf16_is_as_close_to_double_as_the_plain_loss() -> None:
+    h, w, labels = problem(tokens=300, hidden=64, vocab=1000, dtype=torch.bfloat16)
+    exact = plain(h.double(), w.double(), labels, "mean")
+    (exact_grad,) = torch.autograd.grad(exact, h)
+    reference = F.cross_entropy((h @ w.T).float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+    (reference_grad,) = torch.autograd.grad(reference, h)
+    loss = linear_cross_entropy(h, w, labels)
+    (grad,) = torch.autograd.grad(loss, h)
+    assert abs(loss - exact) <= max(1.5 * abs(reference - exact), 1e-3)
+    error, reference_error = ((g.double() - exact_grad.double()).norm() for g in (grad, reference_grad))
+    assert error <= 1.5 * reference_error
+
+
+def test_no_target_is_zero_loss_and_zero_gradient() -> None:
+    h, w, labels = problem()
+    loss = linear_cross_entropy(h, w, torch.full_like(labels, IGNORE_INDEX))
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (h, w)))
+
+
+def test_logits_of_one_chunk_only_are_alive() -> None:
+    h, w, labels = problem(tokens=3000, hidden=8, vocab=4000)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        linear_cross_entropy(h, w.detach(), labels, chunk_tokens=50).backward()
+    largest = max(event.self_cpu_memory_usage / event.count for event in profiler.key_averages() if event.count)
+    full_logits = 3000 * 4000 * 4
+    assert largest < full_logits / 20
