@@ -1,0 +1,115 @@
+"""What the machine is, what it could do and what it has used: for progress lines, reports and benchmarks."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 tensor-core peak of cards people train on, in TFLOP/s, as their data sheets state it (without sparsity).
+_PEAK_TFLOPS = {
+    "RTX 3060": 51, "RTX 3090": 71, "RTX 4060": 60, "RTX 4070": 117, "RTX 4080": 195, "RTX 4090": 165, "RTX 5090": 210,
+    "A10G": 70, "A100": 312, "A6000": 155, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250,
+}  # fmt: skip
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory used so far, in 10^9 bytes: tensors on a CUDA device, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that a step could reach at best: the basis of MFU.
+
+    The data sheet's figure for a known CUDA card, otherwise measured here with a large matrix product (a second or
+    less).
+    """
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for card in sorted(_PEAK_TFLOPS, key=len, reverse=True):
+            if card in name:
+                return _PEAK_TFLOPS[card] * 1e12
+    size = 1024 if device.type == "cpu" else 4096
+    a = b = torch.ones(size, size, device=device, dtype=dtype)  # not random: the caller's random state is its own
+    fastest = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ b).sum().item()  # .item() waits for the device
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
+
+
+def run_environment(peers: Sequence[str] = ()) -> dict[str, dict]:
+    """What a run runs on: {"source": git revision, dirty, command}, {"versions": ...}, {"hardware": ...}; plain values.
+
+    The git entries are None where this package is not under version control.
+
+    Args:
+        peers: further packages whose versions matter, because a benchmark compares with them.
+    """
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            process = subprocess.run(["git", "-C", here.parent, *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return process.stdout.strip() if process.returncode == 0 else None
+
+    # An installed copy may lie inside the repository of another project, whose revision says nothing about this code.
+    tracked = git("ls-files", "--error-unmatch", here.name) is not None
+    changes = git("status", "--porcelain", "--untracked-files=no") if tracked else None
+    versions = {"python": platform.python_version()}
+    for package in (
+        "torch",
+        "lightning",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "sentencepiece",
+        "bitsandbytes",
+        "neptune",
+        *peers,
+    ):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    hardware: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+    return {
+        "source": {
+            "git_revision": git("rev-parse", "HEAD") if tracked else None,
+            "git_dirty": None if changes is None else bool(changes),
+            "command": shlex.join(sys.orig_argv),
+        },
+        "versions": versions,
+        "hardware": hardware,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
