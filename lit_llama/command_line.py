@@ -1,8 +1,8 @@
 """How every script becomes a command: arguments from the signature, one-line errors, exit statuses.
 
 `run(main)` turns the typed signature and docstring of `main` into `--name value` options (dataclass arguments become
-groups, `--train.learning_rate 2e-4`), with `--config run.yaml` and `--print_config`. Progress goes to stderr and results to
-stdout, so that output can be piped. Exit status: 0 success, 1 failure, 2 wrong arguments or input.
+groups, `--train.learning_rate 2e-4`), with `--config run.yaml` and `--print_config`. Progress goes to stderr and
+results to stdout, so that output can be piped. Exit status: 0 success, 1 failure, 2 wrong arguments or input.
 """
 
 import errno
@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from lit_llama.errors import InputError, RunError
@@ -21,13 +21,18 @@ def run(main: Callable[..., Any], arguments: list[str] | None = None) -> Any:
 
     A `main` that takes one dataclass gets its fields as top-level options.
     """
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings under dataclass fields are their help
     (first, *others) = inspect.signature(main, eval_str=True).parameters.values()
     try:
-        if not others and is_dataclass(first.annotation):
-            return main(auto_cli(first.annotation, args=arguments, as_positional=False))
-        return auto_cli(main, args=arguments, as_positional=False)
+        if others or not is_dataclass(first.annotation):
+            return auto_cli(main, args=arguments, as_positional=False)
+        parser = ArgumentParser(description=first.annotation.__doc__)
+        parser.add_argument("--config", action="config", help="Path to a configuration file.")
+        parser.add_class_arguments(first.annotation, as_positional=False)
+        values = parser.instantiate(parser.parse_args(arguments))
+        return main(first.annotation(**{item.name: values[item.name] for item in fields(first.annotation)}))
     except InputError as error:
         stop(error, 2)
     except RunError as error:
@@ -38,10 +43,11 @@ def run(main: Callable[..., Any], arguments: list[str] | None = None) -> Any:
         # The reader of our output (head, less) has gone: silence the interpreter's own flush at exit, as `cat` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # Libraries that write files themselves wrap the operating system's error in one of their own.
+        if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             raise
-        stop(f"no space left on the device while writing {error.filename or 'the output'}; free some and run again", 1)
+        stop(f"the disk is full ({error}); nothing half-written was left: free some space and run again", 1)
 
 
 def stop(message: object, status: int) -> None:

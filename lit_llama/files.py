@@ -27,7 +27,7 @@ def atomic_file(path: Path | str, mode: str = "w") -> Iterator[Any]:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for a library that writes files by name; renamed on success, removed on error."""
+    """Yield a temporary path beside `path` for a library that writes by name; renamed on success, removed on error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,7 +90,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def read_jsonl(path: Path | str) -> list[dict]:
-    """Read a JSON Lines file of objects; blank lines are skipped, any other line that is not an object is an InputError."""
+    """Read a JSON Lines file of objects; blank lines are skipped, any line that is no object is an InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")

@@ -1,8 +1,8 @@
 """Cross-entropy from hidden states: the head's logits exist for one chunk of tokens at a time, and never as a whole.
 
-For a vocabulary of 128 k, the logits of 4,096 tokens are 2 GB in fp32, and a plain loss keeps several copies. Here the loss walks
-over chunks of target tokens; where a gradient will be wanted it is computed in the same pass, because it needs the same
-logits, and only its (tokens, hidden) result is kept.
+For a vocabulary of 128 k, the logits of 4,096 tokens are 2 GB in fp32, and a plain loss keeps several copies. Here
+the loss walks over chunks of target tokens; where a gradient will be wanted it is computed in the same pass, because
+it needs the same logits, and only its (tokens, hidden) result is kept.
 """
 
 import torch
@@ -28,8 +28,8 @@ def linear_cross_entropy(
     Args:
         hidden: (..., hidden_size) normalised hidden states.
         weight: (vocab, hidden_size), the head. Its gradient is computed when it requires one.
-        labels: (...) int64, already shifted: the target of each position; `IGNORE_INDEX` where there is none. Ignored positions
-            are dropped before the matrix product.
+        labels: (...) int64, already shifted: the target of each position; `IGNORE_INDEX` where there is none. Ignored
+            positions are dropped before the matrix product.
         reduction: "mean" over targets or "sum".
         chunk_tokens: targets whose logits exist at one time; by default as many as suit the device.
 
@@ -50,8 +50,9 @@ def linear_cross_entropy(
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Summed loss; see `linear_cross_entropy`.
 
-    With e = exp(logits - max) and s = sum(e), the gradient of the logits is e / s - onehot(label). Both its products are taken with the
-    unnormalised e, and the division goes to the small side: one pass over the logits less.
+    With e = exp(logits - max) and s = sum(e), the gradient of the logits is e / s - onehot(label). Both its products
+    are taken with the unnormalised e, and the division goes to the small side: one pass over the logits less.
+
         d hidden = (e @ W) / s - W[label]
         d W      = e.T @ (hidden / s) - sum over targets of onehot(label).T @ hidden
     """

@@ -1,12 +1,13 @@
 """Linear layers whose frozen weight is stored in 4 or 8 bits: the base of QLoRA and of generation in little memory.
 
-    nf4      4-bit NormalFloat, blocks of 64 with an fp32 scale each: 4.5 bits a weight (Dettmers et al. 2023, arXiv 2305.14314)
-    nf4-dq   the same with the scales quantized to 8 bits too ("double quantization"): 4.127 bits a weight
+    nf4      4-bit NormalFloat, blocks of 64 with an fp32 scale each: 4.5 bits a weight (Dettmers et al. 2023, arXiv
+    2305.14314) nf4-dq   the same with the scales quantized to 8 bits too ("double quantization"): 4.127 bits a weight
     int8     8-bit integers with one fp32 scale an output row
 
-The kernels of NF4 are bitsandbytes'. The layer is our own because bitsandbytes' repacks its weight in place on some CPUs, after which
-training silently has no gradient. Here the packed weight never changes; a dense copy exists only while a product runs,
-forward or backward, so that training, evaluation and generation compute with the very same numbers.
+The kernels of NF4 are bitsandbytes'. The layer is our own because bitsandbytes' repacks its weight in place on some
+CPUs, after which training silently has no gradient. Here the packed weight never changes; a dense copy exists only
+while a product runs, forward or backward, so that training, evaluation and generation compute with the very same
+numbers.
 """
 
 from typing import Literal, get_args
