@@ -114,6 +114,8 @@ class LlamaConfig:
             **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("token_ids", "model_type")},
             **self.token_ids,
         }
+        if self.rope_scaling:
+            stated["rope_scaling"] = dict(self.rope_scaling)  # transformers writes into the dictionary it is given
         if self.model_type == "llama":
             del stated["sliding_window"]
         else:
@@ -135,7 +137,8 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 _WITHOUT_EFFECT = {
     "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "initializer_range", "is_llama_config",
     "label2id", "max_sequence_length", "name", "output_attentions", "output_hidden_states", "return_dict",
-    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed",
+    "unsloth_version", "use_cache",
     # A way of splitting matrix products over devices; the result is the same.
     "pretraining_tp",
     # Metadata of generation that old checkpoints kept here.
