@@ -7,8 +7,10 @@ results to stdout, so that output can be piped. Exit status: 0 success, 1 failur
 
 import errno
 import inspect
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -59,3 +61,28 @@ def stop(message: object, status: int) -> None:
 def progress(message: str) -> None:
     """A line of progress for the user, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+class StatusLine:
+    """One line that is rewritten on a terminal; elsewhere a line now and then, so that logs stay short."""
+
+    def __init__(self, seconds_between_lines: float = 10.0) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._between = seconds_between_lines
+        self._shown_at = -math.inf
+        self._visible = False
+
+    def show(self, text: str, last: bool = False) -> None:
+        """Replace the line; off a terminal, print it if the last one was some time ago."""
+        if self._terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            self._visible = True
+        elif last or time.monotonic() - self._shown_at >= self._between:
+            progress(text)
+            self._shown_at = time.monotonic()
+
+    def clear(self) -> None:
+        """Leave what is shown on a line of its own."""
+        if self._visible:
+            print(file=sys.stderr, flush=True)
+            self._visible = False

@@ -1,0 +1,1 @@
+"""Measuring a model: loss on text (`perplexity`), answers to questions (`questions`)."""

@@ -1,0 +1,104 @@
+"""Loss, perplexity and bits per byte of a model on text: what training reports while it runs and evaluation afterwards.
+
+Text is scored as it is trained on: packed windows of one length, documents that do not see each other, the loss
+averaged over target tokens. A document cut by a window's end goes on in the next window without its context, so a
+longer window means a lower loss: compare figures of one window length only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lit_llama.data.packing import TrainingWindows, collate
+from lit_llama.data.token_store import TokenStore, token_dtype
+from lit_llama.errors import InputError
+from lit_llama.generation import evaluating
+from lit_llama.loss import IGNORE_INDEX, linear_cross_entropy
+from lit_llama.model import Llama
+from lit_llama.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """How well a model predicts a text."""
+
+    loss: float
+    """Cross-entropy in nats, averaged over target tokens."""
+    perplexity: float
+    """exp(loss); comparable between models of one tokenizer."""
+    bits_per_byte: float | None
+    """Bits for a byte of UTF-8 text, comparable between tokenizers. None where some tokens are masked from the loss."""
+    tokens: int
+    """Target tokens scored."""
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: Llama,
+    windows: TrainingWindows,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LossResult:
+    """Score one epoch of windows, in eval mode; every module's mode is put back.
+
+    Args:
+        windows: made with `shuffle=False`, so that every evaluation scores the same windows.
+        batch_size: windows a forward pass.
+        max_windows: score only so many, spread evenly over the store; bits per byte are then an estimate with the whole
+            store's bytes a token. None: all.
+        progress: called with (windows done, windows in all) after every batch.
+    """
+    available = windows.windows_per_epoch
+    count = min(available, max_windows or available)
+    chosen = [i * available // count for i in range(count)]
+    device = model.lm_head.weight.device
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for start in range(0, count, batch_size):
+            batch = collate([windows[i] for i in chosen[start : start + batch_size]])
+            tokens += int((batch.labels != IGNORE_INDEX).sum())
+            input_ids, labels, position_ids, document_ids = (field.to(device) for field in batch)
+            hidden = model.model(input_ids, position_ids, document_ids)
+            total += linear_cross_entropy(hidden, model.lm_head.weight, labels, reduction="sum").item()
+            if progress is not None:
+                progress(min(start + batch_size, count), count)
+    if not tokens:
+        raise InputError(f"{windows.store.data_dir}/{windows.store.split}: no target token in the windows to score")
+    loss = total / tokens
+    return LossResult(loss, math.exp(min(loss, 700)), _bits_per_byte(loss, windows.store), tokens)
+
+
+def _bits_per_byte(loss: float, store: TokenStore) -> float | None:
+    if store.loss_mask is not None or not store.num_bytes:
+        return None
+    targets = int(np.maximum(np.diff(store.offsets) - 1, 0).sum())
+    return loss / math.log(2) * targets / store.num_bytes
+
+
+def store_of_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> TokenStore:
+    """A token store in memory, of texts encoded as pretraining documents are.
+
+    Args:
+        name: stands for the store's directory in messages.
+
+    Raises:
+        InputError: there is nothing but white space in the texts.
+    """
+    start, end = ([] if i is None else [i] for i in (tokenizer.document_start_id, tokenizer.document_end_id))
+    documents = [start + ids + end for ids in tokenizer.encode_batch(list(texts))]
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{name}: no text to score")
+    tokens = np.concatenate([np.array(ids, dtype=token_dtype(tokenizer.vocab_size)) for ids in documents])
+    counts = {"words": sum(len(t.split()) for t in texts), "bytes": sum(len(t.encode()) for t in texts)}
+    meta = {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": {"sha256": tokenizer.sha256},
+        "splits": {"text": counts},
+    }
+    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+    return TokenStore(Path(name), "text", tokens, None, offsets, meta)

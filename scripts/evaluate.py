@@ -1,0 +1,179 @@
+"""Measure a model, with or without an adapter: how well it predicts texts and what it answers to questions."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_llama.checkpoint import load_model
+from lit_llama.command_line import StatusLine, run
+from lit_llama.data.packing import TrainingWindows
+from lit_llama.data.token_store import TokenStore
+from lit_llama.errors import InputError, RunError
+from lit_llama.evaluation.perplexity import evaluate_loss, store_of_texts
+from lit_llama.evaluation.questions import evaluate_answers, evaluate_choices, read_questions
+from lit_llama.files import refuse_overwrite, write_json
+from lit_llama.hardware import peak_memory_gb, run_environment
+from lit_llama.lora import load_adapter
+from lit_llama.prompts import detect_style, encode_prompt
+from lit_llama.quantization import Quantization
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    *,
+    checkpoint_dir: Path,
+    adapter_dir: Path | None = None,
+    data_dirs: dict[str, Path] | None = None,
+    split: str = "val",
+    text_files: Path | list[Path] | None = None,
+    sequence_length: int = 512,
+    max_windows: int | None = None,
+    question_file: Path | None = None,
+    style: str | None = None,
+    max_new_tokens: int = 32,
+    max_questions: int | None = None,
+    batch_size: int = 8,
+    quantize: Quantization | None = None,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    device: str = "auto",
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Measure perplexity on texts and answers to questions; JSON on stdout.
+
+    Args:
+        checkpoint_dir: Base model, a Hugging Face directory.
+        adapter_dir: Adapter to put on it.
+        data_dirs: Token stores to score, by a name for each: '{domain: data/factbook, general: data/general}'.
+        split: Which part of the token stores.
+        text_files: Texts (UTF-8) to score, each as one document under its file's name: a path or '[a.txt, b.txt]'.
+        sequence_length: Tokens a window; perplexities of different lengths do not compare.
+        max_windows: Score only so many windows of each text, spread over it.
+        question_file: Questions (JSONL) to answer; those with "choices" are also scored as multiple choice.
+        style: Prompt style of the questions; by default the checkpoint's own.
+        max_new_tokens: Longest answer, in tokens.
+        max_questions: Ask only so many questions, spread over the file.
+        batch_size: Windows or questions at a time.
+        quantize: Store the base weights in 4 or 8 bits.
+        dtype: Precision of weights and computation.
+        device: cpu, cuda, mps, or auto for the best there is.
+        out: Also write the JSON to this file.
+        overwrite: Replace the file.
+    """
+    start = time.perf_counter()
+    if out is not None:
+        refuse_overwrite(out, overwrite)
+    settings = {
+        "split": split,
+        "sequence_length": sequence_length,
+        "max_windows": max_windows,
+        "max_new_tokens": max_new_tokens,
+        "max_questions": max_questions,
+        "batch_size": batch_size,
+    }
+    for name, value in settings.items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    tokenizer = Tokenizer.from_checkpoint(checkpoint_dir)
+    stores = _open_stores(tokenizer, data_dirs or {}, split, text_files)
+    windows = {name: TrainingWindows(store, sequence_length, seed=0, shuffle=False) for name, store in stores.items()}
+    questions = _spread(read_questions(question_file), max_questions) if question_file else []
+    if not windows and not questions:
+        raise InputError("nothing to evaluate: give --data_dirs, --text_files or --question_file")
+    if questions:
+        settings["style"] = style = style or detect_style(checkpoint_dir)
+        encode_prompt(tokenizer, style, questions[0]["question"])  # a wrong style fails before the texts are scored
+
+    device = _best_device() if device == "auto" else device
+    weights = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    model = load_model(checkpoint_dir, dtype=weights, device=device, quantize=quantize)
+    if sequence_length > model.config.max_position_embeddings:
+        raise InputError(
+            f"--sequence_length {sequence_length} is longer than the model's context of"
+            f" {model.config.max_position_embeddings} tokens"
+        )
+    if adapter_dir is not None:
+        load_adapter(model, adapter_dir)
+    model.eval()
+
+    result: dict[str, Any] = {
+        "model": {
+            "checkpoint_dir": str(checkpoint_dir),
+            "adapter_dir": None if adapter_dir is None else str(adapter_dir),
+            "fingerprint": model.fingerprint,
+            "parameters": model.config.num_parameters,
+            "quantize": quantize,
+            "dtype": dtype,
+        },
+        "settings": settings,
+        "perplexity": {},
+    }
+    for name, text in windows.items():
+        with _counted(f"{name}: windows scored") as show:
+            scores = evaluate_loss(model, text, batch_size, max_windows, show)
+        if not math.isfinite(scores.loss):
+            raise RunError(f"{name}: the loss is {scores.loss}; the weights are damaged or overflow in {dtype}")
+        result["perplexity"][name] = asdict(scores)
+    if questions:
+        with _counted("questions answered") as show:
+            result["questions"] = evaluate_answers(model, tokenizer, questions, style, max_new_tokens, batch_size, show)
+    with_choices = [question for question in questions if question.get("choices")]
+    if with_choices:
+        with _counted("multiple choice: questions scored") as show:
+            result["multiple_choice"] = evaluate_choices(model, tokenizer, with_choices, style, batch_size, show)
+    result["seconds"] = time.perf_counter() - start
+    result["peak_memory_gb"] = peak_memory_gb(torch.device(device))
+    result |= run_environment()
+    if out is not None:
+        write_json(out, result)
+    print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _open_stores(
+    tokenizer: Tokenizer, data_dirs: dict[str, Path], split: str, text_files: Path | list[Path] | None
+) -> dict[str, TokenStore]:
+    stores = {name: TokenStore.open(path, split, tokenizer.sha256) for name, path in data_dirs.items()}
+    for path in text_files if isinstance(text_files, list) else [text_files] if text_files else []:
+        if path.name in stores:
+            raise InputError(f"{path}: another text is called {path.name} already; rename one")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        stores[path.name] = store_of_texts([text], tokenizer, str(path))
+    return stores
+
+
+def _spread(rows: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+    """At most so many rows, taken evenly from all over the list."""
+    count = min(len(rows), most or len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def _counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that shows how much is done."""
+    line = StatusLine()
+    try:
+        yield lambda done, count: line.show(f"{what}: {done:,} of {count:,}", last=done == count)
+    finally:
+        line.clear()
+
+
+if __name__ == "__main__":
+    run(main)
