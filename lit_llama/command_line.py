@@ -29,8 +29,8 @@ def run(main: Callable[..., Any], arguments: list[str] | None = None) -> Any:
     (first, *others) = inspect.signature(main, eval_str=True).parameters.values()
     try:
         if others or not is_dataclass(first.annotation):
-            return auto_cli(main, args=arguments, as_positional=False)
-        parser = ArgumentParser(description=first.annotation.__doc__)
+            return auto_cli(main, args=arguments, as_positional=False, allow_abbrev=False)
+        parser = ArgumentParser(description=first.annotation.__doc__, allow_abbrev=False)
         parser.add_argument("--config", action="config", help="Path to a configuration file.")
         parser.add_class_arguments(first.annotation, as_positional=False)
         values = parser.instantiate(parser.parse_args(arguments))

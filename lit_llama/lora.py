@@ -1,8 +1,8 @@
 """LoRA on named linear layers (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x.
 
 `inject_lora` wraps the chosen linear layers of a model in place; the model itself knows nothing of it. Base weights are
-frozen and never touched: merging is explicit (`merge_lora`), never a side effect of eval(). Adapters are stored as PEFT stores
-them, so that `peft.PeftModel.from_pretrained(base, adapter_dir)` opens one and a PEFT adapter opens here.
+frozen and never touched: merging is explicit (`merge_lora`), never a side effect of eval(). Adapters are stored as
+PEFT stores them, so that `peft.PeftModel.from_pretrained(base, adapter_dir)` opens one and a PEFT adapter opens here.
 
                x (..., in)
               / \\
@@ -105,10 +105,11 @@ class LoRALinear(nn.Module):
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """Base and update as one function: no second copy of the output, nothing saved but x and A x, no gradient of frozen weights.
+    """Base and update as one function: no second copy of the output, nothing saved but x and A x, no gradient of
+    frozen weights.
 
-    Adapter weights are kept in fp32 and used in x's dtype. A quantized base is dequantized again in the backward, so that no dense
-    copy of it stays alive.
+    Adapter weights are kept in fp32 and used in x's dtype. A quantized base is dequantized again in the backward, so
+    that no dense copy of it stays alive.
     """
 
     @staticmethod
@@ -215,8 +216,8 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
     """Write adapter_config.json and adapter_model.safetensors in PEFT's layout; each file is replaced as a whole.
 
     Args:
-        base_model: path or name of the base, for PEFT's record. The base's fingerprint is kept beside the tensors, so that the
-            adapter is not put on another base by mistake.
+        base_model: path or name of the base, for PEFT's record. The base's fingerprint is kept beside the tensors, so
+            that the adapter is not put on another base by mistake.
     """
     adapter_dir = Path(adapter_dir)
     adapter_dir.mkdir(parents=True, exist_ok=True)
@@ -238,9 +239,8 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    metadata = {"format": "pt"}
-    if model.fingerprint:
-        metadata["base_fingerprint"] = model.fingerprint
+    # One key at most: safetensors writes several in random order, and equal adapters shall be equal files.
+    metadata = {"base_fingerprint": model.fingerprint} if model.fingerprint else None
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     with atomic_path(adapter_dir / "adapter_model.safetensors") as temporary:
         save_file(state, temporary, metadata=metadata)
@@ -293,8 +293,8 @@ def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
     """Inject the adapter of a PEFT directory into the model and load its weights (fp32).
 
     Raises:
-        InputError: no such adapter, an unsupported kind, tensors that do not fit the model, or a base other than the one it was
-            trained on.
+        InputError: no such adapter, an unsupported kind, tensors that do not fit the model, or a base other than the
+            one it was trained on.
     """
     path = Path(adapter_dir) / "adapter_model.safetensors"
     config = read_adapter_config(adapter_dir)

@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 """Label of a position that is not a target."""
 
 # Logit elements alive at one time. On CPU a chunk's fp32 logits should stay near the last-level cache.
-_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26, "mps": 2**25}
+_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 def linear_cross_entropy(
@@ -41,7 +41,7 @@ def linear_cross_entropy(
     if len(targets) != len(labels):
         hidden, labels = hidden[targets], labels[targets]
     if chunk_tokens is None:
-        chunk_tokens = max(32, _CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
+        chunk_tokens = max(32, _CHUNK_ELEMENTS.get(hidden.device.type, 2**25) // weight.shape[0])
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss = LinearCrossEntropyFunction.apply(hidden, weight, labels, chunk_tokens, with_gradient)
     return loss / max(1, len(labels)) if reduction == "mean" else loss

@@ -10,6 +10,9 @@ while a product runs, forward or backward, so that training, evaluation and gene
 numbers.
 """
 
+import logging
+from functools import cache
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -106,7 +109,10 @@ class QuantizedLinearFunction(torch.autograd.Function):
         return grad_output @ ctx.layer.dequantize(grad_output.dtype), None
 
 
-def _bitsandbytes() -> object:
+@cache
+def _bitsandbytes() -> ModuleType:
+    # On import it warns that a package of extra kernels is missing, which would fetch code from a hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional
     except ImportError:

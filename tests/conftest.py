@@ -21,7 +21,7 @@ Brazil borders ten countries. The Amazon carries more water than any other river
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 2 layers with grouped-query attention and a byte-level tokenizer, as a Hugging Face directory."""
+    """A random Llama of 2 layers with grouped-query attention and a byte-level tokenizer, as a directory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     directory = tmp_path_factory.mktemp("tiny-llama")

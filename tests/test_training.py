@@ -326,7 +326,8 @@ def test_signals_save_and_stop(
     process = subprocess.Popen(
         [
             sys.executable, ROOT / "pretrain/lora.py", "--checkpoint_dir", tiny_checkpoint,
-            "--data_dir", stores["domain"], "--out_dir", tmp_path / "run", "--train.max_steps", "100000", "--train.sequence_length", "32",
+            "--data_dir", stores["domain"], "--out_dir", tmp_path / "run",
+            "--train.max_steps", "100000", "--train.sequence_length", "32",
         ],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
