@@ -1,8 +1,8 @@
 """The hot path of training as autograd functions that save little and compute what the backward needs again.
 
-Each is a plain PyTorch formula with a hand-written derivative, so that it runs on CPU, CUDA and MPS alike. Against autograd's own
-derivative they keep no fp32 copies and no (length x length) scores. Lives here: normalisation, SwiGLU, rotation, attention.
-Not here: the model (`model.py`), LoRA's product (`lora.py`), the loss (`loss.py`).
+Each is a plain PyTorch formula with a hand-written derivative, so that it runs on CPU, CUDA and MPS alike. Against
+autograd's own derivative they keep no fp32 copies and no (length x length) scores. Lives here: normalisation, SwiGLU,
+rotation, attention. Not here: the model (`model.py`), LoRA's product (`lora.py`), the loss (`loss.py`).
 """
 
 from functools import cached_property
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 QUERY_BLOCK = 128
-"""Queries whose scores exist at one time: small enough for the scores to stay in cache, large enough for full GEMM speed."""
+"""Queries whose scores exist at one time: few enough to stay in cache, enough for full speed of the products."""
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Root-mean-square norm in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467), cast back before the weight as Llama does."""
+    """Root-mean-square norm in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467), cast back before the weight."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -130,31 +130,43 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask) -> Te
     )
 
 
-def cached_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of new queries over the keys and values of a cache (inference).
 
     Args:
         query: (batch, heads, new, head_dim).
         key, value: (batch, kv_heads, cached, head_dim), the new tokens' own included.
-        hidden: (batch or 1, 1, new, cached), True where a query must not look; None: everything is visible.
+        mask: (batch or 1, 1, new, cached), -inf where a query must not look, else 0; None: everything is visible.
 
     Returns:
         (batch, heads, new, head_dim).
     """
-    batch, kv_heads, _, head_dim = key.shape
-    scores = (query.reshape(batch, kv_heads, -1, head_dim) @ key.transpose(-1, -2)).mul_(head_dim**-0.5)
-    if hidden is not None:
-        new, cached = hidden.shape[-2:]
-        scores.view(batch, kv_heads, -1, new, cached).masked_fill_(hidden[:, None], float("-inf"))
-    return (torch.softmax(scores, dim=-1) @ value).view(query.shape)
+    batch, heads, new, head_dim = query.shape
+    kv_heads, cached = key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, -1, new, head_dim)
+    if new == 1:
+        # The heads of a group take the place of queries, so their keys are read once; and unlike the matrix product
+        # below, this kernel is not built anew for each cached length.
+        return F.scaled_dot_product_attention(grouped[:, :, :, 0], key, value, attn_mask=mask).view(query.shape)
+    output = torch.empty_like(grouped)
+    for start in range(0, new, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, new)
+        seen = cached - new + end  # no query of the block is further on
+        block = grouped[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
+        scores = (block @ key[:, :, :seen].transpose(-1, -2)).mul_(head_dim**-0.5)
+        if mask is not None:
+            scores.view(batch, kv_heads, -1, end - start, seen).add_(mask[:, None, :, start:end, :seen])
+        mixed = torch.softmax(scores, dim=-1) @ value[:, :, :seen]
+        output[:, :, :, start:end] = mixed.view(output[:, :, :, start:end].shape)
+    return output.view(query.shape)
 
 
 class AttentionFunction(torch.autograd.Function):
     """Causal grouped-query attention by blocks of queries; scores are computed again in the backward.
 
-    A block of queries meets only the keys from the earliest it may see to its own end, so half the work of causality, everything
-    outside a sliding window and most of the other documents in a packed window is never computed. On CPU this is about three
-    times as fast as `scaled_dot_product_attention`, forward and backward together.
+    A block of queries meets only the keys from the earliest it may see to its own end, so half the work of causality,
+    everything outside a sliding window and most of the other documents in a packed window is never computed. On CPU
+    this is about three times as fast as `scaled_dot_product_attention`, forward and backward together.
     """
 
     @staticmethod
@@ -184,7 +196,7 @@ class AttentionFunction(torch.autograd.Function):
         grad_output = grad_output.reshape(grouped.shape)
         grad_query = torch.empty_like(grouped)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        # d softmax: dS = P * (dP - rowsum(P * dP)), and rowsum(P * dP) = rowsum(dO * O) (Dao et al. 2022, arXiv 2205.14135)
+        # dS = P * (dP - rowsum(P * dP)), and rowsum(P * dP) = rowsum(dO * O) (Dao et al. 2022, arXiv 2205.14135)
         delta = (grad_output * output).sum(-1, keepdim=True)
         for first_key, start, end in ctx.mask.query_blocks:
             keys = slice(first_key, end)
@@ -200,7 +212,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def _attention_weights(grouped: Tensor, key: Tensor, mask: CausalMask, first_key: int, start: int, end: int) -> Tensor:
-    """softmax(QK^T / sqrt(head_dim)) of queries start..end over keys first_key..end: (batch, kv_heads, group * block, keys)."""
+    """softmax(QK^T / sqrt(head_dim)) of a block: (batch, kv_heads, group * (end - start), end - first_key)."""
     batch, kv_heads, group, _, head_dim = grouped.shape
     queries = grouped[:, :, :, start:end].reshape(batch, kv_heads, group * (end - start), head_dim)
     scores = (queries @ key[:, :, first_key:end].transpose(-1, -2)).mul_(head_dim**-0.5)

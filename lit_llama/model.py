@@ -1,7 +1,8 @@
 """The whole Llama in one file, with Hugging Face's module and parameter names.
 
-RMSNorm, rotary embedding, grouped-query attention with an optional sliding window, SwiGLU MLP, and the cache of keys and
-values for generation. LoRA, quantization and the like wrap the named linear layers from outside; nothing here knows of them.
+RMSNorm, rotary embedding, grouped-query attention with an optional sliding window, SwiGLU MLP, and the cache of keys
+and values for generation. LoRA, quantization and the like wrap the named linear layers from outside; nothing here
+knows of them.
 
     input_ids (batch, length)
       -> embed_tokens                     (batch, length, hidden)
@@ -15,6 +16,7 @@ values for generation. LoRA, quantization and the like wrap the named linear lay
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama.config import LlamaConfig
@@ -59,7 +61,7 @@ class Attention(nn.Module):
         if cache is None:
             mixed = attention(query, key, value, mask)
         else:
-            mixed = cached_attention(query, *cache.append(self.layer, key, value), cache.hidden)
+            mixed = cached_attention(query, *cache.append(self.layer, key, value), cache.mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -115,15 +117,15 @@ class LlamaModel(nn.Module):
         Args:
             input_ids: (batch, length) int64.
             position_ids: (batch, length) int64 rotary positions; by default 0, 1, ... (after what a cache holds).
-            document_ids: (batch, length) int64; a token attends only to tokens of its own document, whose tokens lie together.
-                Not with a cache.
+            document_ids: (batch, length) int64; a token attends only to tokens of its own document, whose tokens lie
+                together. Not with a cache.
             cache: keys and values of the tokens before; the new ones are added to it.
 
         Returns:
             (batch, length, hidden) in the dtype of the weights.
 
         Raises:
-            InputError: the sequence is longer than the cache or than the model's context.
+            InputError: there are more tokens than the cache has room for.
         """
         batch, length = input_ids.shape
         if cache is not None:
@@ -185,10 +187,13 @@ class Llama(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in memory set aside once: (batch, kv_heads, max_length, head_dim) a layer.
+    """Keys and values of the tokens seen so far: (batch, kv_heads, capacity, head_dim) a layer.
 
-    Prompts of different lengths are padded on the left; `padding` then holds the number of padding tokens of each row, which
-    no query sees and no position counts.
+    Memory is set aside as tokens come, doubling up to `max_length`.
+
+    Prompts of different lengths are padded on the left; `padding` then holds the number of padding tokens of each row,
+    which no real query sees and no position counts. They are not stored in front: a row's tokens lie at their own
+    positions, so that a row is summed up in the same order, and so to the same bits, as it would be alone.
     """
 
     def __init__(
@@ -202,51 +207,83 @@ class KVCache:
     ) -> None:
         if max_length > config.max_position_embeddings:
             raise InputError(
-                f"a sequence of {max_length} tokens is longer than the model's context of {config.max_position_embeddings}"
+                f"a sequence of {max_length} tokens is longer than the model's context of"
+                f" {config.max_position_embeddings}"
             )
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        # Zeros: what is not written yet is masked, but 0 * NaN would still be NaN.
+        empty = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
         self.max_length = max_length
         self.sliding_window = config.sliding_window
         self.padding = padding
         self.length = 0
         """Tokens held, padding included."""
-        self.hidden: Tensor | None = None
-        """Mask of the forward pass under way: (batch or 1, 1, new, length + new), True where a query must not look."""
+        self.mask: Tensor | None = None
+        """Of the forward pass under way: (batch or 1, 1, new, attended), -inf where a query must not look, else 0."""
+        self._attended = 0
+        self._columns: Tensor | None = None
+        """Where the pass under way stores its tokens, (batch, 1, new, 1); None: all rows behind what is held."""
 
     def prepare(self, new: int) -> None:
-        """Make ready for `new` more tokens a row: check the room, work out the mask once for all layers."""
+        """Make ready for `new` more tokens a row: check the room, work out places and mask once for all layers."""
         total = self.length + new
         if total > self.max_length:
             raise InputError(f"the cache holds {self.max_length} tokens; {total} are needed")
-        device = self.keys[0].device
+        self._attended = _round_up(total)
+        capacity = self.keys[0].shape[2]
+        if self._attended > capacity:
+            more = max(self._attended, min(2 * capacity, _round_up(self.max_length))) - capacity
+            self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
+            self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
+
+        self.mask = self._columns = None
         windowed = self.sliding_window is not None and total > self.sliding_window
-        if new == 1 and self.padding is None and not windowed:
-            self.hidden = None
+        if new == 1 and self.padding is None and not windowed and total == self._attended:
             return
-        queries = torch.arange(self.length, total, device=device)[:, None]
-        keys = torch.arange(total, device=device)
-        hidden = (keys > queries)[None]
-        if windowed:
-            hidden = hidden | (keys <= queries - self.sliding_window)
+        positions = torch.arange(self.length, total, device=self.keys[0].device)[None]  # (batch or 1, new)
         if self.padding is not None:
-            # A padding query sees itself, so that its softmax has something to sum; nobody reads the result.
-            hidden = hidden | ((keys < self.padding[:, None, None]) & (keys != queries))
-        self.hidden = hidden[:, None]
+            positions = positions - self.padding[:, None]
+            # Padding has negative positions and is put where the row's later tokens will overwrite it.
+            self._columns = positions.remainder(total)[:, None, :, None]
+            positions = positions.clamp_min(0)  # a padding query sees one key, that its softmax has something to sum
+        keys = torch.arange(self._attended, device=positions.device)
+        hidden = keys > positions[..., None]
+        if windowed:
+            hidden |= keys <= positions[..., None] - self.sliding_window
+        mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=positions.device)
+        self.mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values of one layer; returns all of that layer's so far (views)."""
+        """Store the new tokens' keys and values of one layer; returns views of all that the mask covers."""
         total = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : total] = key
-        self.values[layer][:, :, self.length : total] = value
-        return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
+        keys, values = self.keys[layer], self.values[layer]
+        if self._columns is None:
+            keys[:, :, self.length : total] = key
+            values[:, :, self.length : total] = value
+        else:
+            columns = self._columns.expand_as(key)
+            keys.scatter_(2, columns, key)
+            values.scatter_(2, columns, value)
+        return keys[:, :, : self._attended], values[:, :, : self._attended]
 
     def position_ids(self, offsets: Tensor) -> Tensor:
         """Rotary positions of new tokens at `offsets` (1, new) behind the cache's end; padding does not count."""
         if self.padding is None:
             return self.length + offsets
         return (self.length + offsets - self.padding[:, None]).clamp_min_(0)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows (int64 indices): fewer as some end, or one several times for several answers."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
+
+def _round_up(length: int) -> int:
+    """To whole vectors of the softmax kernels: else the last bit of a row's sum would depend on how long others are."""
+    return -(-length // 16) * 16
 
 
 def rotary_inverse_frequencies(config: LlamaConfig) -> Tensor:

@@ -1,0 +1,259 @@
+"""What generate/base.py and generate/lora.py share: where prompts come from, how answers are printed, what is measured.
+
+Only answers go to stdout. How tokens come about is `generation.py`; how a prompt is dressed is `prompts.py`.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lit_llama.checkpoint import load_model
+from lit_llama.command_line import progress
+from lit_llama.errors import InputError
+from lit_llama.files import read_jsonl
+from lit_llama.generation import SamplingConfig, Speed, stream_text
+from lit_llama.hardware import peak_memory_gb
+from lit_llama.lora import load_adapter
+from lit_llama.model import Llama
+from lit_llama.packed_linear import pack_linear_layers
+from lit_llama.prompts import STYLES, detect_style, encode_prompt, stop_strings
+from lit_llama.quantization import Quantization
+from lit_llama.tokenizer import Tokenizer
+
+
+@dataclass(kw_only=True)
+class AnswerArguments(SamplingConfig):
+    """Let a base model answer: one prompt, many out of a file, standard input, or whatever you type at the terminal."""
+
+    checkpoint_dir: Path
+    """Base model, a Hugging Face directory."""
+    prompt: str | None = None
+    """The prompt."""
+    prompts_file: Path | None = None
+    """Many prompts: one a line, or JSONL with "prompt" or "question"."""
+    interactive: bool = False
+    """Ask for prompts until Ctrl-D; each stands for itself."""
+    style: str | None = None
+    """Prompt style: plain (go on with the text), alpaca, llama2, llama3, mistral, mistral-v3, tinyllama or chatml. By
+    default the one that the adapter was trained with, else that of the checkpoint's chat template."""
+    system: str | None = None
+    """System message."""
+    max_new_tokens: int | None = None
+    """Longest answer; by default whatever the context leaves."""
+    stop: str | list[str] = field(default_factory=list)
+    """A string, or a list of them, that ends an answer and is not part of it."""
+    batch_size: int = 8
+    """Prompts answered at a time."""
+    json: bool = False
+    """Print JSONL, {"prompt", "answer"} a line, instead of plain answers."""
+    quantize: Quantization | None = None
+    """Store the base weights in 4 or 8 bits."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of weights and computation; auto: bf16 where the machine computes with it, else fp32."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto for the best there is."""
+
+
+def answer_prompts(arguments: AnswerArguments, adapter_dir: Path | None = None) -> None:
+    """Load the model and answer what was asked, as the arguments say.
+
+    Raises:
+        InputError: no prompt or several kinds of it, an unusable file, checkpoint or adapter, a prompt too long.
+    """
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch_size {arguments.batch_size} must be at least 1")
+    prompts = None if arguments.interactive else read_prompts(arguments.prompt, arguments.prompts_file)
+    if arguments.interactive and (arguments.prompt is not None or arguments.prompts_file is not None):
+        raise InputError("--interactive asks for prompts itself; leave out --prompt and --prompts_file")
+    tokenizer = Tokenizer.from_checkpoint(arguments.checkpoint_dir)
+    style = arguments.style or adapter_style(adapter_dir) or detect_style(arguments.checkpoint_dir)
+    if style not in STYLES:
+        raise InputError(f"--style {style!r} is not one of {', '.join(STYLES)}")
+
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
+    model = load_model(arguments.checkpoint_dir, dtype, device, arguments.quantize)
+    if adapter_dir is not None:
+        load_adapter(model, adapter_dir)
+    model.eval()
+    weight_bytes = bytes_per_step(model)
+    pack_linear_layers(model)
+
+    speed = Speed()
+    try:
+        if prompts is None:
+            _converse(model, tokenizer, style, arguments, speed)
+        elif len(prompts) == 1 and arguments.num_samples == 1 and not arguments.json:
+            _stream(model, tokenizer, style, arguments, prompts[0], speed)
+        else:
+            _answer_all(model, tokenizer, style, arguments, prompts, speed)
+    finally:
+        if speed.prompt_tokens:
+            progress(summary(speed, weight_bytes, device))
+
+
+def read_prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:
+    """The prompts from the one source that was given; from standard input if it is not a terminal.
+
+    Raises:
+        InputError: no source or two, or one that holds no prompt.
+    """
+    if prompt is not None and prompts_file is not None:
+        raise InputError("--prompt and --prompts_file are both given; choose one")
+    if prompt is not None:
+        return [prompt]
+    if prompts_file is not None:
+        prompts = _prompts_of(prompts_file)
+        if not prompts:
+            raise InputError(f"{prompts_file}: no prompt in it")
+        return prompts
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("nothing to answer: give --prompt, --prompts_file or --interactive true, or pipe a prompt in")
+    text = sys.stdin.read().removesuffix("\n")
+    if not text.strip():
+        raise InputError("nothing to answer: standard input is empty; give --prompt, --prompts_file or text to stdin")
+    return [text]
+
+
+def _prompts_of(path: Path) -> list[str]:
+    if path.suffix == ".jsonl":
+        prompts = [row.get("prompt", row.get("question")) for row in read_jsonl(path)]
+        for number, prompt in enumerate(prompts, start=1):
+            if not isinstance(prompt, str):
+                raise InputError(f'{path}, object {number}: neither "prompt" nor "question" is a string')
+        return prompts
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def adapter_style(adapter_dir: Path | None) -> str | None:
+    """The prompt style that an adapter's run was configured with, if it was; see `lit_config.yaml` in its directory."""
+    path = None if adapter_dir is None else Path(adapter_dir) / "lit_config.yaml"
+    if path is None or not path.is_file():
+        return None
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError:
+        raise InputError(f"{path}: not valid YAML; name the prompt style with --style") from None
+    return settings.get("style") or (settings.get("eval") or {}).get("probe_style")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of that name; "auto" is bf16 where the device has instructions for it, else fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        supported = False
+    return torch.bfloat16 if supported else torch.float32
+
+
+def bytes_per_step(model: Llama) -> int:
+    """Bytes of weights that one forward pass of a token reads: all of them, but only a row of an untied embedding."""
+    tensors = [*model.parameters(), *model.buffers()]
+    embedding = model.model.embed_tokens.weight
+    unread = 0 if model.config.tie_word_embeddings else embedding.numel() * embedding.itemsize
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors) - unread
+
+
+def summary(speed: Speed, weight_bytes: int, device: torch.device) -> str:
+    """One line of what generating took."""
+    text = f"prefill {speed.prefill_rate:,.1f} tokens/s ({speed.prompt_tokens:,} in {speed.prefill_seconds:.2f} s)"
+    if speed.new_tokens:
+        bandwidth = weight_bytes * speed.steps / speed.decode_seconds / 1e9
+        text += f", decode {speed.decode_rate:,.1f} tokens/s ({speed.new_tokens:,} in {speed.decode_seconds:.2f} s),"
+        text += f" {bandwidth:.1f} GB/s of weights"
+    return f"{text}, peak memory {peak_memory_gb(device):.2f} GB"
+
+
+def _texts(
+    model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompts: list[str], speed: Speed
+) -> Iterator[tuple[int, str]]:
+    ids = [encode_prompt(tokenizer, style, prompt, arguments.system) for prompt in prompts]
+    stop = stop_strings(style) + ([arguments.stop] if isinstance(arguments.stop, str) else arguments.stop)
+    return stream_text(model, tokenizer, ids, arguments.max_new_tokens, arguments, stop, speed)
+
+
+def _stream(
+    model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompt: str, speed: Speed
+) -> None:
+    """Print one answer while it comes."""
+    for _, text in _texts(model, tokenizer, style, arguments, [prompt], speed):
+        print(text, end="", flush=True)
+    print(flush=True)
+
+
+def _answer_all(
+    model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompts: list[str], speed: Speed
+) -> None:
+    """Print every answer, in the order of the prompts, a batch at a time; samples of a prompt follow each other."""
+    samples = arguments.num_samples
+    for start in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[start : start + arguments.batch_size]
+        answers = [""] * (len(batch) * samples)
+        for row, text in _texts(model, tokenizer, style, arguments, batch, speed):
+            answers[row] += text
+        for row, text in enumerate(answers):
+            line = json.dumps({"prompt": batch[row // samples], "answer": text}, ensure_ascii=False)
+            print(line if arguments.json else text, flush=True)
+
+
+def _converse(model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, speed: Speed) -> None:
+    """Ask for a prompt and answer it, again and again; Ctrl-C leaves an answer, Ctrl-D or Ctrl-C at the prompt ends."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  importing it gives the prompt arrow keys and a history
+    turn = 0
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            prompt = input()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if not prompt.strip():
+            continue
+        # Asking again draws again, and the same session gives the same answers.
+        seeded = replace(arguments, seed=arguments.seed + turn)
+        turn += 1
+        try:
+            if arguments.num_samples == 1 and not arguments.json:
+                _stream(model, tokenizer, style, seeded, prompt, speed)
+            else:
+                _answer_all(model, tokenizer, style, seeded, [prompt], speed)
+        except KeyboardInterrupt:
+            print(flush=True)
+        except InputError as error:
+            progress(f"error: {error}")
