@@ -1,0 +1,28 @@
+"""Packaging: `pip install -e .` makes `lit_llama` importable; extras hold what only some users need."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+REQUIREMENTS = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+
+EXTRAS = {
+    "documents": ["pypdf>=6.0", "pyarrow>=20.0", "selectolax>=0.3"],
+    "hub": ["huggingface_hub>=1.0"],
+    "plots": ["matplotlib>=3.10"],
+    "tensorboard": ["tensorboard>=2.20"],
+    "test": ["gguf>=0.17", "peft>=0.18", "pytest>=8.4", "ruff>=0.14", "transformers>=5.0"],
+}
+
+setup(
+    name="lit-llama",
+    version="0.1.0",
+    description="Turn a small Llama into a sub-domain expert on one consumer GPU, and know whether it worked",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["lit_llama", "lit_llama.*"]),
+    install_requires=[line for line in REQUIREMENTS if line],
+    extras_require=EXTRAS,
+)
