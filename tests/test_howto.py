@@ -128,9 +128,9 @@ def needs_network(command: str) -> bool:
 
 def is_set_up(command: str) -> bool:
     """Whether a command sets up the machine; such a one is checked here for what it names."""
-    command = command.strip()
+    command = re.sub(r"(^|\s)#.*", "", command).strip()
     words = command.split()
-    if words[0] in ("git", "cd", "source") or "-m venv" in command:
+    if not words or words[0] in ("git", "cd", "source") or "-m venv" in command:
         return True
     if words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
