@@ -21,6 +21,7 @@ from lit_llama.evaluation.questions import evaluate_answers, evaluate_choices, r
 from lit_llama.files import refuse_overwrite, write_json
 from lit_llama.hardware import peak_memory_gb, run_environment
 from lit_llama.lora import load_adapter
+from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import detect_style, encode_prompt
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import Tokenizer
@@ -122,6 +123,7 @@ def main(
             raise RunError(f"{name}: the loss is {scores.loss}; the weights are damaged or overflow in {dtype}")
         result["perplexity"][name] = asdict(scores)
     if questions:
+        pack_linear_layers(model)  # from here on it only generates
         with _counted("questions answered") as show:
             result["questions"] = evaluate_answers(model, tokenizer, questions, style, max_new_tokens, batch_size, show)
     with_choices = [question for question in questions if question.get("choices")]
