@@ -5,7 +5,6 @@ Only answers go to stdout. How tokens come about is `generation.py`; how a promp
 
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Literal
 
 import torch
 
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import existing_directory, load_model
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import read_jsonl
-from lit_llama.generation import SamplingConfig, Speed, stream_text
+from lit_llama.generation import SamplingConfig, Speed, checked_length, stream_text
 from lit_llama.hardware import peak_memory_gb
 from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
@@ -71,7 +70,7 @@ def answer_prompts(arguments: AnswerArguments, adapter_dir: Path | None = None) 
     prompts = None if arguments.interactive else read_prompts(arguments.prompt, arguments.prompts_file)
     if arguments.interactive and (arguments.prompt is not None or arguments.prompts_file is not None):
         raise InputError("--interactive asks for prompts itself; leave out --prompt and --prompts_file")
-    tokenizer = Tokenizer.from_checkpoint(arguments.checkpoint_dir)
+    tokenizer = Tokenizer.from_checkpoint(existing_directory(arguments.checkpoint_dir))
     style = arguments.style or adapter_style(adapter_dir) or detect_style(arguments.checkpoint_dir)
     if style not in STYLES:
         raise InputError(f"--style {style!r} is not one of {', '.join(STYLES)}")
@@ -90,7 +89,7 @@ def answer_prompts(arguments: AnswerArguments, adapter_dir: Path | None = None) 
         if prompts is None:
             _converse(model, tokenizer, style, arguments, speed)
         elif len(prompts) == 1 and arguments.num_samples == 1 and not arguments.json:
-            _stream(model, tokenizer, style, arguments, prompts[0], speed)
+            _answer_one(model, tokenizer, style, arguments, prompts[0], speed)
         else:
             _answer_all(model, tokenizer, style, arguments, prompts, speed)
     finally:
@@ -199,19 +198,13 @@ def summary(speed: Speed, weight_bytes: int, device: torch.device) -> str:
     return f"{text}, peak memory {peak_memory_gb(device):.2f} GB"
 
 
-def _texts(
-    model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompts: list[str], speed: Speed
-) -> Iterator[tuple[int, str]]:
-    ids = [encode_prompt(tokenizer, style, prompt, arguments.system) for prompt in prompts]
-    stop = stop_strings(style) + ([arguments.stop] if isinstance(arguments.stop, str) else arguments.stop)
-    return stream_text(model, tokenizer, ids, arguments.max_new_tokens, arguments, stop, speed)
-
-
-def _stream(
+def _answer_one(
     model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompt: str, speed: Speed
 ) -> None:
     """Print one answer while it comes."""
-    for _, text in _texts(model, tokenizer, style, arguments, [prompt], speed):
+    ids = encode_prompt(tokenizer, style, prompt, arguments.system)
+    stop = _stop_strings(style, arguments)
+    for _, text in stream_text(model, tokenizer, [ids], arguments.max_new_tokens, arguments, stop, speed):
         print(text, end="", flush=True)
     print(flush=True)
 
@@ -220,15 +213,22 @@ def _answer_all(
     model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompts: list[str], speed: Speed
 ) -> None:
     """Print every answer, in the order of the prompts, a batch at a time; samples of a prompt follow each other."""
+    ids = [encode_prompt(tokenizer, style, prompt, arguments.system) for prompt in prompts]
+    checked_length(model, ids, arguments.max_new_tokens)  # all of them, before the first answer is printed
+    stop = _stop_strings(style, arguments)
     samples = arguments.num_samples
     for start in range(0, len(prompts), arguments.batch_size):
-        batch = prompts[start : start + arguments.batch_size]
+        batch = ids[start : start + arguments.batch_size]
         answers = [""] * (len(batch) * samples)
-        for row, text in _texts(model, tokenizer, style, arguments, batch, speed):
+        for row, text in stream_text(model, tokenizer, batch, arguments.max_new_tokens, arguments, stop, speed):
             answers[row] += text
         for row, text in enumerate(answers):
-            line = json.dumps({"prompt": batch[row // samples], "answer": text}, ensure_ascii=False)
+            line = json.dumps({"prompt": prompts[start + row // samples], "answer": text}, ensure_ascii=False)
             print(line if arguments.json else text, flush=True)
+
+
+def _stop_strings(style: str, arguments: AnswerArguments) -> list[str]:
+    return stop_strings(style) + ([arguments.stop] if isinstance(arguments.stop, str) else arguments.stop)
 
 
 def _converse(model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, speed: Speed) -> None:
@@ -250,7 +250,7 @@ def _converse(model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerA
         turn += 1
         try:
             if arguments.num_samples == 1 and not arguments.json:
-                _stream(model, tokenizer, style, seeded, prompt, speed)
+                _answer_one(model, tokenizer, style, seeded, prompt, speed)
             else:
                 _answer_all(model, tokenizer, style, seeded, [prompt], speed)
         except KeyboardInterrupt:

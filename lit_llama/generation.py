@@ -139,7 +139,7 @@ def generate_stream(
     """
     speed = speed or Speed()
     prompts = as_prompts(input_ids)
-    max_new_tokens = _checked_length(model, prompts, max_new_tokens)
+    max_new_tokens = checked_length(model, prompts, max_new_tokens)
     clock = time.perf_counter()
     cache, hidden = _prefill(model, prompts, max_new_tokens)
     numbers = list(range(len(prompts) * sampling.num_samples))  # of the rows that the batch still has
@@ -202,7 +202,7 @@ def as_prompts(input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> l
     return [list(row) for row in input_ids]
 
 
-def _checked_length(model: Llama, prompts: list[list[int]], max_new_tokens: int | None) -> int:
+def checked_length(model: Llama, prompts: list[list[int]], max_new_tokens: int | None) -> int:
     """The number of tokens to generate at most, after every check of what the caller gave."""
     if not prompts:
         raise InputError("no prompt was given")
