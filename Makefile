@@ -42,7 +42,7 @@ RUN := out/factbook
 ASK := --prompts_file data/factbook/probes.jsonl --max_new_tokens 24 --json true
 EVALUATE := scripts/evaluate.py --checkpoint_dir $(BASE) --data_dirs '{domain: $(DOMAIN), general: $(GENERAL)}' \
 	--question_file data/factbook/questions.jsonl --overwrite true
-DEMO_TRAIN ?= --train.epochs 3 --train.learning_rate 5e-4 --replay.ratio 0.2 --eval.interval 40
+DEMO_TRAIN ?= --train.epochs 2 --train.learning_rate 1e-3 --replay.ratio 0.2
 
 demo: $(INSTALLED)
 	.venv/bin/python scripts/prepare_demo.py
