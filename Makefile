@@ -31,7 +31,7 @@ $(INSTALLED): requirements.txt constraints.txt setup.py
 	@touch $@
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 # The demo is what a user would type, with the Factbook for a domain. Its settings suit two CPU cores in ten minutes; a
 # GPU is used if there is one.

@@ -12,7 +12,7 @@ EXTRAS = {
     "hub": ["huggingface_hub>=1.0"],
     "plots": ["matplotlib>=3.10"],
     "tensorboard": ["tensorboard>=2.20"],
-    "test": ["gguf>=0.17", "peft>=0.18", "pytest>=8.4", "ruff>=0.14", "transformers>=5.0"],
+    "test": ["gguf>=0.17", "peft>=0.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14", "transformers>=5.0"],
 }
 
 setup(

@@ -107,7 +107,7 @@ def test_commands_run(page: Path, workplace: Path, tmp_path: Path):
         ["bash", "-c", "\n".join(script)],
         cwd=directory,
         # `python` is the interpreter of this test, as it is the environment's for a reader who has activated it.
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
