@@ -105,7 +105,7 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
             ),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "transformers",
 )
 def test_filters_are_those_of_transformers(own: dict, warper: object) -> None:
     logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)) * 3
