@@ -212,7 +212,7 @@ def check_server_has_the_run(server: NeptuneServer) -> None:
     assert "training/val_loss" not in values
     assert (values["parameters/lora/r"], values["parameters/bf16"]) == (16, True)
     assert (values["parameters/lora/targets"], values["parameters/data_dir"]) == ("['q_proj']", "data/x")
-    assert values["versions/torch"] == torch.__version__ and "pytest" in values["source/command"]
+    assert values["versions/torch"] == torch.__version__ and "python" in values["source/command"]
     assert values["source/git_revision"] and values["hardware/cpu"]
     assert values["probes/000/question"] == PROBES[0]["question"]
     assert values["probes/000/answer"] == [(1, "It is .no"), (3, ".no")] and values["probes/000/correct"] == [
