@@ -17,7 +17,7 @@ from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import read_jsonl
 from lit_llama.generation import SamplingConfig, Speed, checked_length, stream_text
-from lit_llama.hardware import peak_memory_gb
+from lit_llama.hardware import peak_memory_gb, pick_device, pick_dtype
 from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
 from lit_llama.packed_linear import pack_linear_layers
@@ -147,37 +147,6 @@ def adapter_style(adapter_dir: Path | None) -> str | None:
     except yaml.YAMLError:
         raise InputError(f"{path}: not valid YAML; name the prompt style with --style") from None
     return settings.get("style") or (settings.get("eval") or {}).get("probe_style")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of that name; "auto" is bf16 where the device has instructions for it, else fp32."""
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:
-        supported = False
-    return torch.bfloat16 if supported else torch.float32
 
 
 def bytes_per_step(model: Llama) -> int:

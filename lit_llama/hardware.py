@@ -14,11 +14,44 @@ from typing import Any
 
 import torch
 
+from lit_llama.errors import InputError
+
 # Dense bf16 tensor-core peak of cards people train on, in TFLOP/s, as their data sheets state it (without sparsity).
 _PEAK_TFLOPS = {
     "RTX 3060": 51, "RTX 3090": 71, "RTX 4060": 60, "RTX 4070": 117, "RTX 4080": 195, "RTX 4090": 165, "RTX 5090": 210,
     "A10G": 70, "A100": 312, "A6000": 155, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250,
 }  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of that name; "auto" is bf16 where the device has instructions for it, else fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        supported = False
+    return torch.bfloat16 if supported else torch.float32
 
 
 def peak_memory_gb(device: torch.device) -> float:

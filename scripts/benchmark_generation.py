@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.answering import bytes_per_step, pick_device, pick_dtype
+from lit_llama.answering import bytes_per_step
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import progress, run
 from lit_llama.errors import InputError
 from lit_llama.files import refuse_overwrite, write_json
 from lit_llama.generation import generate
-from lit_llama.hardware import peak_memory_gb, run_environment
+from lit_llama.hardware import peak_memory_gb, pick_device, pick_dtype, run_environment
 from lit_llama.packed_linear import pack_linear_layers
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]

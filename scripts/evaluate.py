@@ -19,7 +19,7 @@ from lit_llama.errors import InputError, RunError
 from lit_llama.evaluation.perplexity import evaluate_loss, store_of_texts
 from lit_llama.evaluation.questions import evaluate_answers, evaluate_choices, read_questions
 from lit_llama.files import refuse_overwrite, write_json
-from lit_llama.hardware import peak_memory_gb, run_environment
+from lit_llama.hardware import peak_memory_gb, pick_device, run_environment
 from lit_llama.lora import load_adapter
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import detect_style, encode_prompt
@@ -92,9 +92,9 @@ def main(
         settings["style"] = style = style or detect_style(checkpoint_dir)
         encode_prompt(tokenizer, style, questions[0]["question"])  # a wrong style fails before the texts are scored
 
-    device = _best_device() if device == "auto" else device
+    place = pick_device(device)
     weights = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = load_model(checkpoint_dir, dtype=weights, device=device, quantize=quantize)
+    model = load_model(checkpoint_dir, dtype=weights, device=place, quantize=quantize)
     if sequence_length > model.config.max_position_embeddings:
         raise InputError(
             f"--sequence_length {sequence_length} is longer than the model's context of"
@@ -131,7 +131,7 @@ def main(
         with _counted("multiple choice: questions scored") as show:
             result["multiple_choice"] = evaluate_choices(model, tokenizer, with_choices, style, batch_size, show)
     result["seconds"] = time.perf_counter() - start
-    result["peak_memory_gb"] = peak_memory_gb(torch.device(device))
+    result["peak_memory_gb"] = peak_memory_gb(place)
     result |= run_environment()
     if out is not None:
         write_json(out, result)
@@ -159,12 +159,6 @@ def _spread(rows: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]
     """At most so many rows, taken evenly from all over the list."""
     count = min(len(rows), most or len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @contextmanager

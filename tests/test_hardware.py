@@ -16,7 +16,8 @@ from lit_llama.hardware import peak_flops, peak_memory_gb, run_environment
 def test_environment_names_the_revision_of_this_code_and_its_changes(tmp_path: Path) -> None:
     repository = tmp_path / "checkout"
     (repository / "lit_llama").mkdir(parents=True)
-    shutil.copy(ROOT / "lit_llama/hardware.py", repository / "lit_llama")
+    for name in ("hardware.py", "errors.py"):
+        shutil.copy(ROOT / "lit_llama" / name, repository / "lit_llama")
     script = (
         "from lit_llama.hardware import run_environment as e, Path; import json;"
         "a = e()['source']; Path('lit_llama/hardware.py').open('a').write('#'); print(json.dumps([a, e()['source']]))"
