@@ -22,7 +22,7 @@ from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import STYLES, detect_style, encode_prompt, stop_strings
-from lit_llama.quantization import Quantization
+from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -53,6 +53,8 @@ class AnswerArguments(SamplingConfig):
     """Print JSONL, {"prompt", "answer"} a line, instead of plain answers."""
     quantize: Quantization | None = None
     """Store the base weights in 4 or 8 bits."""
+    embeddings: Embeddings | None = None
+    """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of weights and computation; auto: bf16 where the machine computes with it, else fp32."""
     device: str = "auto"
@@ -77,7 +79,7 @@ def answer_prompts(arguments: AnswerArguments, adapter_dir: Path | None = None) 
 
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
-    model = load_model(arguments.checkpoint_dir, dtype, device, arguments.quantize)
+    model = load_model(arguments.checkpoint_dir, dtype, device, arguments.quantize, arguments.embeddings)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir)
     model.eval()
@@ -152,9 +154,9 @@ def adapter_style(adapter_dir: Path | None) -> str | None:
 def bytes_per_step(model: Llama) -> int:
     """Bytes of weights that one forward pass of a token reads: all of them, but only a row of an untied embedding."""
     tensors = [*model.parameters(), *model.buffers()]
-    embedding = model.model.embed_tokens.weight
-    unread = 0 if model.config.tie_word_embeddings else embedding.numel() * embedding.itemsize
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors) - unread
+    embedding = model.model.embed_tokens
+    unread = () if model.config.tie_word_embeddings else (*embedding.parameters(), *embedding.buffers())
+    return sum(t.numel() * t.itemsize for t in tensors) - sum(t.numel() * t.itemsize for t in unread)
 
 
 def summary(speed: Speed, weight_bytes: int, device: torch.device) -> str:

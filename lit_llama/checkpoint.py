@@ -41,6 +41,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    embeddings: str | None = None,
 ) -> Llama:
     """Read a checkpoint directory in place.
 
@@ -52,6 +53,7 @@ def load_model(
         dtype: of all weights that are not quantized.
         device: where the weights go.
         quantize: None, or "nf4", "nf4-dq", "int8": the linear layers inside the blocks, one at a time while reading.
+        embeddings: None, or "int8": embedding and head in 8 bits; "cpu": the embedding stays in the host's memory.
 
     Returns:
         The model in eval mode, no parameter requiring a gradient, `fingerprint` set.
@@ -71,11 +73,13 @@ def load_model(
     for name, parameter in list(model.named_parameters()):
         if quantize is not None and parameter.ndim == 2 and name.startswith("model.layers."):
             _set_quantized(model, name, stored[name], dtype, device, quantize)
+        elif embeddings is not None and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            _set_embedding(model, name, stored[name], dtype, device, embeddings)
         else:
             weight = _mapped_or_read(stored[name], dtype, device, mappings)
             module_name, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(module_name), attribute, nn.Parameter(weight, requires_grad=False))
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and embeddings is None:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.fingerprint = _fingerprint(stored)
     return model.eval()
@@ -366,6 +370,39 @@ def _set_quantized(
 
     parent, _, child = name.removesuffix(".weight").rpartition(".")
     setattr(model.get_submodule(parent), child, QuantizedLinear.from_weight(_read(stored, dtype, device), mode))
+    _return_freed_memory()
+
+
+def _set_embedding(
+    model: Llama, name: str, stored: StoredTensor, dtype: torch.dtype, device: torch.device, place: str
+) -> None:
+    """Put the embedding, or the head, in int8, or the embedding alone in the host's memory."""
+    from lit_llama.quantization import HostEmbedding, QuantizedEmbedding, QuantizedLinear
+
+    is_head, tied = name == "lm_head.weight", model.config.tie_word_embeddings
+    if place == "cpu":
+        if tied:
+            raise InputError(
+                "embeddings = 'cpu' frees nothing here: this model's head is the same weight, which is needed on the"
+                " device; use 'int8'"
+            )
+        weight = _read(stored, dtype, device if is_head else torch.device("cpu"))
+        if is_head:
+            model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            model.model.embed_tokens = HostEmbedding(weight)
+        return
+    if place != "int8":
+        raise InputError(f"embeddings = {place!r} is not one of int8, cpu")
+    table = QuantizedLinear.from_weight(_read(stored, dtype, device), "int8")
+    if not is_head:
+        model.model.embed_tokens = QuantizedEmbedding(table, dtype)
+    if is_head or tied:
+        model.lm_head = table
+    _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
     # glibc keeps the dense copies it was given back, as holes between the packed weights that stay: without this an
     # int8 model takes 2.5 times its bytes.
     libc = ctypes.CDLL(None)

@@ -231,7 +231,7 @@ def checked_length(model: Llama, prompts: list[list[int]], max_new_tokens: int |
 
 def _prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tuple[KVCache, Tensor]:
     """The cache after the prompts, and their last hidden states (rows, hidden)."""
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight
     width = max(map(len, prompts))
     padding = None
     if min(map(len, prompts)) < width:

@@ -1,5 +1,6 @@
 """What the machine is, what it could do and what it has used: for progress lines, reports and benchmarks."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -66,13 +67,26 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of giving it back to the system at once; no effect elsewhere.
+
+    A training step on a CPU frees and asks for gigabytes, and each page that comes back from the system is zeroed and
+    mapped first, which takes longer than many operations that then write it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**25)  # the largest that glibc takes
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, measured: bool = False) -> float:
     """Floating-point operations a second that a step could reach at best: the basis of MFU.
 
-    The data sheet's figure for a known CUDA card, otherwise measured here with a large matrix product (a second or
-    less).
+    The data sheet's figure for a known CUDA card; otherwise, or with `measured`, what a large matrix product reaches
+    here (a second or less).
     """
-    if device.type == "cuda" and dtype != torch.float32:
+    if device.type == "cuda" and dtype != torch.float32 and not measured:
         name = torch.cuda.get_device_name(device)
         for card in sorted(_PEAK_TFLOPS, key=len, reverse=True):
             if card in name:

@@ -14,14 +14,29 @@ knows of them.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
-from lit_llama.functional import CausalMask, RMSNormFunction, SwiGLUFunction, attention, cached_attention, rotate
+from lit_llama.functional import (
+    ROW_BLOCK,
+    CausalMask,
+    RMSNormFunction,
+    SwiGLUFunction,
+    attention,
+    cached_attention,
+    recomputed,
+    rms_norm,
+    rotate,
+    swiglu,
+)
 
 
 class RMSNorm(nn.Module):
@@ -49,17 +64,17 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.attend: Callable[..., Tensor] = attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask, cache: "KVCache | None") -> Tensor:
         batch, length, _ = x.shape
         # (batch, length, heads * head_dim) -> (batch, heads, length, head_dim)
-        query, key, value = (
-            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2).contiguous()
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        shape = (batch, length, -1, self.head_dim)
+        query = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)
+        key = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)
+        value = self.v_proj(x).view(shape).transpose(1, 2).contiguous()
         if cache is None:
-            mixed = attention(query, key, value, mask)
+            mixed = self.attend(query, key, value, mask)
         else:
             mixed = cached_attention(query, *cache.append(self.layer, key, value), cache.mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
@@ -73,9 +88,35 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.recompute_cheap, self.tiles = True, 1
+        """How activations are kept for a backward; see `activations.py`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
+        if self.tiles == 1 or not torch.is_grad_enabled():
+            return self.feed_forward(x)
+        rows = x.flatten(0, -2)
+        size = -(-len(rows) // (self.tiles * ROW_BLOCK)) * ROW_BLOCK
+        random_state = torch.get_rng_state()
+        outputs = []
+        for start in range(0, len(rows), size):
+            torch.set_rng_state(random_state)  # dropout of each piece is that of the whole
+            outputs.append(checkpoint(self._piece, rows[start : start + size], start, use_reentrant=False))
+        return torch.cat(outputs).view(x.shape)
+
+    def _piece(self, rows: Tensor, start: int) -> Tensor:
+        for projection in (self.gate_proj, self.up_proj, self.down_proj):
+            projection.first_row = start
+        return self.feed_forward(rows)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) through the MLP at once."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = SwiGLUFunction.apply(gate, up)
+        if not (self.recompute_cheap and self.tiles == 1 and torch.is_grad_enabled()):
+            return self.down_proj(product)
+        gate, up = gate.detach(), up.detach()
+        with recomputed(product, lambda: swiglu(gate, up)):
+            return self.down_proj(product)
 
 
 class DecoderLayer(nn.Module):
@@ -89,8 +130,23 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask, cache: "KVCache | None") -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        with self._not_kept(normed, self.input_layernorm, x):
+            x = x + self.self_attn(normed, cos, sin, mask, cache)
+        normed = self.post_attention_layernorm(x)
+        with self._not_kept(normed, self.post_attention_layernorm, x):
+            return x + self.mlp(normed)
+
+    def _not_kept(self, normed: Tensor, norm: RMSNorm, x: Tensor) -> AbstractContextManager:
+        if not (self.mlp.recompute_cheap and torch.is_grad_enabled()):
+            return nullcontext()
+        x = x.detach()
+        return recomputed(normed, lambda: rms_norm(x, norm.weight, norm.eps)[0])
+
+
+def call_layer(layer: DecoderLayer, *arguments: Any) -> Tensor:
+    """A decoder layer as it is; `activations.py` has others that keep less for the backward."""
+    return layer(*arguments)
 
 
 class LlamaModel(nn.Module):
@@ -102,6 +158,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.run_layer: Callable[..., Tensor] = call_layer
         # Not a buffer: it must stay fp32 when the model is cast to bf16, and real when the model is built on meta.
         self._inverse_frequencies = rotary_inverse_frequencies(config)
 
@@ -140,7 +197,7 @@ class LlamaModel(nn.Module):
         cos, sin = self.rotary_tables(position_ids, x.dtype)
         mask = CausalMask(length, document_ids, self.config.sliding_window, x.device)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            x = self.run_layer(layer, x, cos, sin, mask, cache)
         if cache is not None:
             cache.length += length
         return self.norm(x)

@@ -11,6 +11,7 @@ numbers.
 """
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 from typing import Literal, get_args
@@ -25,8 +26,13 @@ from lit_llama.errors import InputError
 Quantization = Literal["nf4", "nf4-dq", "int8"]
 """Ways to store the base weights."""
 
+Embeddings = Literal["int8", "cpu"]
+"""Other places for the embedding: 8 bits (then the head too), or the host's memory while the rest is on a GPU."""
+
 _NF4_BLOCK = 64
 _SCALES_BLOCK = 256
+# Rows that are dense at one time of a weight as tall as the vocabulary.
+_ROWS = 8192
 
 
 class QuantizedLinear(nn.Module):
@@ -49,9 +55,9 @@ class QuantizedLinear(nn.Module):
         layer = cls(mode, *weight.shape)
         weight = weight.detach()
         if mode == "int8":
-            scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / 127  # (out, 1)
-            layer.register_buffer("codes", torch.round(weight.float() / scale).to(torch.int8))
-            layer.register_buffer("scale", scale)
+            pieces = [_to_int8(piece) for piece in weight.split(_ROWS)]
+            layer.register_buffer("codes", torch.cat([codes for codes, _ in pieces]))
+            layer.register_buffer("scale", torch.cat([scale for _, scale in pieces]))  # (out, 1)
             return layer
         kernels = _bitsandbytes()
         codes, state = kernels.quantize_4bit(
@@ -69,7 +75,7 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight as stored, dense (out, in)."""
         if self.mode == "int8":
-            return (self.codes * self.scale).to(dtype)
+            return self.dequantize_rows(slice(None), dtype)
         kernels = _bitsandbytes()
         nested = None
         if self.mode == "nf4-dq":
@@ -88,6 +94,16 @@ class QuantizedLinear(nn.Module):
         )
         return kernels.dequantize_4bit(self.codes, state)
 
+    def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of an int8 weight, dense; a tensor of indices gives (*its shape, in)."""
+        return (self.codes[rows] * self.scale[rows]).to(dtype)
+
+    def dense_pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their dense weight), few enough at a time for a weight as tall as the vocabulary; int8 only."""
+        for start in range(0, self.out_features, _ROWS):
+            rows = slice(start, min(start + _ROWS, self.out_features))
+            yield rows, self.dequantize_rows(rows, dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedLinearFunction.apply(x, self)
 
@@ -101,12 +117,46 @@ class QuantizedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
+        if layer.mode == "int8" and layer.out_features > _ROWS:
+            return torch.cat([F.linear(x, dense) for _, dense in layer.dense_pieces(x.dtype)], dim=-1)
         return F.linear(x, layer.dequantize(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output @ ctx.layer.dequantize(grad_output.dtype), None
+
+
+class QuantizedEmbedding(nn.Module):
+    """Embedding whose table (vocab, hidden) is stored in int8; a tied head is the very same table."""
+
+    def __init__(self, table: QuantizedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table, self.dtype = table, dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.table.dequantize_rows(input_ids, self.dtype)
+
+
+class HostEmbedding(nn.Module):
+    """Embedding whose table (vocab, hidden) stays in the host's memory; only the rows looked up go to the device.
+
+    The lookup waits for the ids, one synchronisation a forward pass. Frozen.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight.detach()  # no Parameter: `module.to(device)` shall leave it where it is
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids.to(self.weight.device), self.weight).to(input_ids.device)
+
+
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes int8, scale fp32 (rows, 1)) of the rows of a dense weight."""
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / 127
+    return torch.round(weight / scale).to(torch.int8), scale
 
 
 @cache

@@ -23,7 +23,7 @@ from lit_llama.hardware import peak_memory_gb, pick_device, run_environment
 from lit_llama.lora import load_adapter
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import detect_style, encode_prompt
-from lit_llama.quantization import Quantization
+from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -42,6 +42,7 @@ def main(
     max_questions: int | None = None,
     batch_size: int = 8,
     quantize: Quantization | None = None,
+    embeddings: Embeddings | None = None,
     dtype: Literal["bf16", "fp32"] = "bf16",
     device: str = "auto",
     out: Path | None = None,
@@ -63,6 +64,7 @@ def main(
         max_questions: Ask only so many questions, spread over the file.
         batch_size: Windows or questions at a time.
         quantize: Store the base weights in 4 or 8 bits.
+        embeddings: Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu).
         dtype: Precision of weights and computation.
         device: cpu, cuda, mps, or auto for the best there is.
         out: Also write the JSON to this file.
@@ -94,7 +96,7 @@ def main(
 
     place = pick_device(device)
     weights = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = load_model(checkpoint_dir, dtype=weights, device=place, quantize=quantize)
+    model = load_model(checkpoint_dir, dtype=weights, device=place, quantize=quantize, embeddings=embeddings)
     if sequence_length > model.config.max_position_embeddings:
         raise InputError(
             f"--sequence_length {sequence_length} is longer than the model's context of"

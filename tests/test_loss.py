@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_llama.loss import IGNORE_INDEX, linear_cross_entropy
+from lit_llama.loss import IGNORE_INDEX, head_loss, linear_cross_entropy
+from lit_llama.quantization import QuantizedLinear
 
 
 def problem(tokens: int = 150, hidden: int = 24, vocab: int = 211, dtype: torch.dtype = torch.float32) -> tuple:
@@ -81,3 +82,42 @@ def test_logits_of_one_chunk_only_are_alive() -> None:
     largest = max(event.self_cpu_memory_usage / event.count for event in profiler.key_averages() if event.count)
     full_logits = 3000 * 4000 * 4
     assert largest < full_logits / 20
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 1000])
+def test_lora_on_the_head(chunk_tokens: int) -> None:
+    h, w, labels = problem()
+    a, b = (torch.randn(4, 24) * 0.3).requires_grad_(), (torch.randn(211, 4) * 0.3).requires_grad_()
+    expected = plain(h, w + 0.7 * b @ a, labels, "mean")
+    expected_grads = torch.autograd.grad(expected, (h, w, a, b))
+    loss = linear_cross_entropy(h, w, labels, chunk_tokens=chunk_tokens, update=(a, b, 0.7))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for grad, other in zip(torch.autograd.grad(loss, (h, w, a, b)), expected_grads, strict=True):
+        assert (grad - other).abs().max() <= 1e-6 * max(1, other.abs().max())
+
+
+def test_quantized_head_is_the_head_it_stands_for() -> None:
+    torch.manual_seed(0)
+    head = QuantizedLinear.from_weight(torch.randn(20_000, 24), "int8")  # more rows than are made dense at one time
+    h = torch.randn(50, 24, requires_grad=True)
+    labels = torch.randint(0, 20_000, (50,))
+    dense = head.dequantize(torch.float32)
+    expected = plain(h[None], dense, labels, "mean")
+    torch.testing.assert_close(head(h), h @ dense.T)
+    loss = head_loss(head, h, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, h)[0], torch.autograd.grad(expected, h)[0], rtol=1e-5, atol=1e-7
+    )
+
+
+def test_peak_memory_does_not_grow_with_the_vocabulary() -> None:
+    def most_allocated_at_once(vocab: int) -> int:
+        hidden, weight = torch.randn(4000, 16, requires_grad=True), torch.randn(vocab, 16)
+        labels = torch.randint(0, vocab, (4000,))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            linear_cross_entropy(hidden, weight, labels).backward()
+        allocations = [e.cpu_memory_usage for e in profiler.events() if e.name in ("aten::empty", "aten::softmax")]
+        return max(allocations)
+
+    assert most_allocated_at_once(120_000) <= 1.2 * most_allocated_at_once(30_000)

@@ -251,6 +251,21 @@ def test_mask_against_its_definition(length: int, window: int | None, with_docum
         assert not (visible & ~covered).any()
 
 
+@pytest.mark.parametrize(("window", "with_documents"), [(None, True), (150, True), (150, False)])
+def test_mask_of_flex_attention(window: int | None, with_documents: bool) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(1)
+    length = 900
+    document_ids = (torch.rand(2, length) < 0.02).long().cumsum(1) if with_documents else None
+    mask = CausalMask(length, document_ids, window, torch.device("cpu"))
+    query, key, value = torch.randn(2, 4, length, 16), torch.randn(2, 2, length, 16), torch.randn(2, 2, length, 16)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.dense, enable_gqa=True)
+    mixed = flex_attention(query, key, value, block_mask=mask.sparse, enable_gqa=True)
+    torch.testing.assert_close(mixed, expected)
+    assert mask.sparse.sparsity() > 40  # per cent of blocks never computed
+
+
 def test_rms_norm_against_fp64() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 5, 64, dtype=torch.float64) * 10.0 ** torch.arange(-3, 2)[:, None]
@@ -328,9 +343,7 @@ def test_gradients_of_attention_by_finite_differences(
     assert len(mask.query_blocks) == 3
     inputs = fp64(2, 2, 8, 2), fp64(2, 1, 8, 2), fp64(2, 1, 8, 2)
     assert torch.autograd.gradcheck(lambda q, k, v: AttentionFunction.apply(q, k, v, mask), inputs)
-    expected = F.scaled_dot_product_attention(
-        *inputs, attn_mask=mask.dense, is_causal=mask.dense is None, enable_gqa=True
-    )
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask.dense, enable_gqa=True)
     torch.testing.assert_close(AttentionFunction.apply(*inputs, mask), expected)
 
 

@@ -1,16 +1,30 @@
 """Quantized linear layers against published error bounds, bitsandbytes' codes and dense arithmetic."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from lit_llama.checkpoint import load_model, save_checkpoint
+from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
-from lit_llama.lora import LoRALinear
+from lit_llama.lora import LoRAConfig, LoRALinear, inject_lora
+from lit_llama.loss import head_loss
+from lit_llama.model import Llama
 from lit_llama.quantization import QuantizedLinear
 
 MODES = ["nf4", "nf4-dq", "int8"]
+
+
+def saved_checkpoint(directory: Path, tied: bool) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(32, 2, 4, 64, vocab_size=90, tie_word_embeddings=tied)
+    model = Llama(config)
+    model.initialize_(std=0.3)
+    save_checkpoint(model, directory / "checkpoint")
+    return directory / "checkpoint"
 
 
 @pytest.mark.parametrize("mode,mean_error,bits", [("nf4", 0.072798, 4.5), ("nf4-dq", 0.072937, 4.127)])
@@ -96,3 +110,41 @@ def test_codes_are_stable(mode: str) -> None:
 def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(InputError, match="'nf5' is not one of nf4, nf4-dq, int8"):
         QuantizedLinear.from_weight(torch.randn(8, 8), "nf5")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_in_int8(tied: bool, tmp_path: Path) -> None:
+    checkpoint_dir = saved_checkpoint(tmp_path, tied)
+    model = load_model(checkpoint_dir, torch.float32, embeddings="int8")
+    plain = load_model(checkpoint_dir, torch.float32)
+    assert tied == (model.lm_head is model.model.embed_tokens.table)
+    for name in ("model.embed_tokens", "lm_head"):
+        table = getattr(model.get_submodule(name), "table", model.get_submodule(name))
+        plain.get_submodule(name).weight = nn.Parameter(table.dequantize(torch.float32))
+    ids = torch.randint(0, 90, (2, 30))
+    torch.testing.assert_close(model(ids), plain(ids))
+    inject_lora(model, LoRAConfig(r=2))
+    inject_lora(plain, LoRAConfig(r=2))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=False):
+        assert one.device == other.device
+    loss = head_loss(model.lm_head, model.model(ids), ids)
+    torch.testing.assert_close(loss, head_loss(plain.lm_head, plain.model(ids), ids), rtol=1e-6, atol=0)
+    loss.backward()
+    assert model.model.layers[0].mlp.up_proj.lora_B.grad.abs().max() > 0
+
+
+def test_embedding_in_the_hosts_memory(tmp_path: Path) -> None:
+    checkpoint_dir = saved_checkpoint(tmp_path, tied=False)
+    model = load_model(checkpoint_dir, torch.float32, embeddings="cpu")
+    ids = torch.randint(0, 90, (2, 30))
+    assert torch.equal(model(ids), load_model(checkpoint_dir, torch.float32)(ids))
+    model.to("meta")
+    assert model.model.embed_tokens.weight.device.type == "cpu" and model.lm_head.weight.device.type == "meta"
+
+
+def test_embeddings_that_cannot_be(tmp_path: Path) -> None:
+    checkpoint_dir = saved_checkpoint(tmp_path, tied=True)
+    with pytest.raises(InputError, match="use 'int8'"):
+        load_model(checkpoint_dir, embeddings="cpu")
+    with pytest.raises(InputError, match="'disk' is not one of int8, cpu"):
+        load_model(checkpoint_dir, embeddings="disk")

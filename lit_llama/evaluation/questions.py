@@ -198,7 +198,7 @@ def choice_log_likelihoods(
     """
     prompts = [encode_prompt(tokenizer, style, question["question"]) for question in questions]
     choices = [[encode_choice(tokenizer, style, text) for text in question["choices"]] for question in questions]
-    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
+    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
     width = max(map(len, prompts))
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     longest = max(len(ids) for of_question in choices for ids in of_question)
