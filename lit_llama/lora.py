@@ -1,36 +1,33 @@
-"""LoRA on named linear layers (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x.
+"""LoRA on named linear layers (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / r) B A x, and its variants.
 
 `inject_lora` wraps the chosen linear layers of a model in place; the model itself knows nothing of it. Base weights are
-frozen and never touched: merging is explicit (`merge_lora`), never a side effect of eval(). Adapters are stored as
-PEFT stores them, so that `peft.PeftModel.from_pretrained(base, adapter_dir)` opens one and a PEFT adapter opens here.
-
-               x (..., in)
-              / \\
-    linear.weight  lora_A (r, in)      A: Kaiming-uniform, B: zero, so training starts at the base model
-     (out, in)     lora_B (out, r)
-              \\ /
-               y (..., out)
+frozen and never touched: merging is explicit (`merge_lora`), never a side effect of eval(). Only the embedding and the
+head are trained as they are, where `modules_to_save` says so. Adapters are stored as PEFT stores them, so that
+`peft.PeftModel.from_pretrained(base, adapter_dir)` opens one and a PEFT adapter opens here. The layer itself is in
+`lora_linear.py`.
 """
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_path, read_json, write_json
+from lit_llama.lora_linear import LoRALinear
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder layer, each a possible target."""
 
+_TARGETS = (*LINEAR_NAMES, "lm_head")
+_MODULES_TO_SAVE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -43,159 +40,185 @@ class LoRAConfig:
     alpha: float = 32
     """The update is scaled by alpha / r, so alpha can stay while r varies."""
     dropout: float = 0.0
-    """Probability of dropping an input element on the adapter's path while training."""
+    """Probability of dropping an input element on the adapter's path while training; not on lm_head."""
     targets: list[str] = field(default_factory=lambda: list(LINEAR_NAMES))
-    """Linear layers to adapt: any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
-    rank_per_target: dict[str, int] = field(default_factory=dict)
-    """Another rank for some targets, {"q_proj": 8}."""
+    """Linear layers to adapt: any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head."""
+    layers_to_transform: list[int] | None = None
+    """Decoder layers to adapt, counted from 0. None: all."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Another rank for some layers, {"down_proj": 32, "layers.3.self_attn.q_proj": 8}: regular expressions that match
+    the end of a layer's name; the first that does counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Another alpha for some layers, in the same way."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732): keeps high ranks learning."""
+    dora: bool = False
+    """Learn the norm of each row of the weight apart from its direction (Liu et al. 2024, arXiv 2402.09353)."""
+    init: str = "kaiming"
+    """Where lora_A and lora_B start: kaiming (A random, B zero); pissa, the weight's principal components (Meng et al.
+    2024, arXiv 2404.02948), by one exact decomposition a layer; or pissa_niter_4, the same by 4 rounds of subspace
+    iteration, for large models. A PiSSA adapter is saved as an ordinary one of twice the rank."""
+    plus_ratio: float = 1.0
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): lora_B learns that many times as fast as the rest; 16 there."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Train these as a whole and save them with the adapter: embed_tokens, lm_head. On a base that ties the two they
+    are one weight: either name trains it, once."""
+    embedding_learning_rate: float = 0.1
+    """Learning rate of modules_to_save, as a share of train.learning_rate."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in [*self.targets, *self.rank_per_target] if name not in LINEAR_NAMES]
+        unknown = [name for name in self.targets if name not in _TARGETS]
         if unknown:
-            raise InputError(f"lora target {unknown[0]!r} is not a linear layer; choose from {', '.join(LINEAR_NAMES)}")
+            raise InputError(f"lora target {unknown[0]!r} is not a linear layer; choose from {', '.join(_TARGETS)}")
         if not self.targets:
             raise InputError("lora.targets is empty: nothing would be trained")
-        not_targeted = set(self.rank_per_target) - set(self.targets)
-        if not_targeted:
-            raise InputError(f"lora.rank_per_target names {sorted(not_targeted)}, which lora.targets does not")
-        if min([self.r, *self.rank_per_target.values()]) < 1:
+        unknown = [name for name in self.modules_to_save if name not in _MODULES_TO_SAVE]
+        if unknown:
+            raise InputError(f"lora.modules_to_save {unknown[0]!r} is neither of {', '.join(_MODULES_TO_SAVE)}")
+        if "lm_head" in self.targets and "lm_head" in self.modules_to_save:
+            raise InputError("lm_head is in lora.targets and in lora.modules_to_save: name it in one of them")
+        if "lm_head" in self.targets and (self.dora or self.init != "kaiming"):
+            raise InputError("DoRA and PiSSA do not go with lm_head in lora.targets: leave lm_head or the variant out")
+        if not re.fullmatch(r"kaiming|pissa(_niter_[1-9]\d*)?", self.init):
+            raise InputError(f"lora.init {self.init!r} is not one of kaiming, pissa, pissa_niter_<number>")
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"lora pattern {pattern!r} is not a regular expression: {error}") from None
+        if min([self.r, *self.rank_pattern.values()]) < 1:
             raise InputError("lora ranks must be at least 1")
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout {self.dropout} is not in [0, 1)")
+        if min(self.plus_ratio, self.embedding_learning_rate) <= 0:
+            raise InputError("lora.plus_ratio and lora.embedding_learning_rate must be above 0")
 
-    def rank(self, target: str) -> int:
-        """Rank of the layers called `target`."""
-        return self.rank_per_target.get(target, self.r)
+    def adapts(self, name: str) -> bool:
+        """Whether the module called `name` (from the model on) is to be adapted."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        wanted = self.layers_to_transform is None or layer is None or int(layer[1]) in self.layers_to_transform
+        return wanted and name.rpartition(".")[2] in self.targets
 
-    def scaling(self, target: str) -> float:
-        """Factor of the update of the layers called `target`."""
-        rank = self.rank(target)
-        return self.alpha / math.sqrt(rank) if self.rslora else self.alpha / rank
+    def rank(self, name: str) -> int:
+        """Rank of the layer called `name`."""
+        return self.rank_pattern.get(_matching(self.rank_pattern, name), self.r)
 
+    def scaling(self, name: str) -> float:
+        """Factor of the update of the layer called `name`."""
+        alpha, rank = self.alpha_pattern.get(_matching(self.alpha_pattern, name), self.alpha), self.rank(name)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer and its low-rank update; the base layer may be quantized.
-
-    In state dicts the base weight keeps the name it had without the wrapper.
-    """
-
-    def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.linear = linear
-        self.scaling = scaling
-        self.dropout = dropout
-        device = next(iter(linear.state_dict().values())).device
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.register_state_dict_post_hook(_hide_wrapper)
-        self.register_load_state_dict_pre_hook(_show_wrapper)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.dropout:
-            update = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
-            return self.linear(x) + F.linear(update, self.lora_B.to(x.dtype)) * self.scaling
-        return LoRALinearFunction.apply(x, self.lora_A, self.lora_B, self.scaling, self.linear)
-
-    def delta_weight(self) -> Tensor:
-        """The update of the weight, fp32 (out, in)."""
-        return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+    def as_saved(self) -> "LoRAConfig":
+        """The adapter as it is stored: PiSSA is an ordinary LoRA of twice the rank and the same scaling."""
+        if self.init == "kaiming":
+            return self
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(
+            self,
+            init="kaiming",
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={pattern: 2 * rank for pattern, rank in self.rank_pattern.items()},
+            alpha_pattern={pattern: factor * alpha for pattern, alpha in self.alpha_pattern.items()},
+        )
 
 
-class LoRALinearFunction(torch.autograd.Function):
-    """Base and update as one function: no second copy of the output, nothing saved but x and A x, no gradient of
-    frozen weights.
-
-    Adapter weights are kept in fp32 and used in x's dtype. A quantized base is dequantized again in the backward, so
-    that no dense copy of it stays alive.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, linear: nn.Module
-    ) -> Tensor:
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        rows = x.flatten(0, -2)
-        low = rows @ A.T  # (rows, r)
-        output = F.linear(rows, dense_weight(linear, x.dtype)).addmm_(low, B.T, alpha=scaling)
-        ctx.save_for_backward(x, low, lora_A, lora_B)
-        ctx.scaling, ctx.linear = scaling, linear
-        return output.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, lora_A, lora_B = ctx.saved_tensors
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        grad_rows = grad_output.flatten(0, -2)
-        grad_low = (grad_rows @ B).mul_(ctx.scaling)  # (rows, r)
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ dense_weight(ctx.linear, x.dtype)).addmm_(grad_low, A).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            grad_A = (grad_low.T @ x.flatten(0, -2)).to(lora_A.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_B = (grad_rows.T @ low).to(lora_B.dtype).mul_(ctx.scaling)
-        return grad_x, grad_A, grad_B, None, None
-
-
-def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) of a linear layer in `dtype`; a quantized layer dequantizes it for the moment."""
-    weight = linear.weight if isinstance(linear, nn.Linear) else linear.dequantize(dtype)
-    return weight.to(dtype)
-
-
-def _hide_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}linear.")]:
-        state[prefix + name.removeprefix(f"{prefix}linear.")] = state.pop(name)
-
-
-def _show_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    own = (f"{prefix}lora_A", f"{prefix}lora_B", f"{prefix}linear.")
-    for name in [name for name in state if name.startswith(prefix) and not name.startswith(own)]:
-        state[f"{prefix}linear.{name.removeprefix(prefix)}"] = state.pop(name)
+def _matching(patterns: dict[str, Any], name: str) -> str | None:
+    """The first pattern that matches the end of `name`, as PEFT's rank_pattern does."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze the model and wrap every linear layer named by `config.targets`, in place.
+    """Freeze the model, wrap every linear layer that `config` adapts, in place, and free what it trains as a whole.
 
-    Afterwards the adapter's parameters (fp32) are the only ones that require a gradient.
+    Afterwards the adapter's parameters (fp32) and the weights of `config.modules_to_save` (in the model's dtype) are
+    the only ones that require a gradient.
 
     Raises:
-        InputError: the model has an adapter already, or no layer of that name.
+        InputError: the model has an adapter already, no layer of that name, or a weight to be both trained and adapted.
     """
     if any(True for _ in lora_layers(model)):
         raise InputError("the model carries an adapter already: merge it first")
-    model.requires_grad_(False)
+    if config.modules_to_save and model.config.tie_word_embeddings and "lm_head" in config.targets:
+        raise InputError(
+            "this base ties lm_head to embed_tokens: train that weight (lora.modules_to_save) or adapt it (lm_head in"
+            " lora.targets), not both"
+        )
+    missing = set(config.layers_to_transform or ()) - set(range(model.config.num_hidden_layers))
+    if missing:
+        raise InputError(
+            f"lora.layers_to_transform names layer {min(missing)}; the model has {model.config.num_hidden_layers}"
+        )
+    names = [name for target in config.targets for name, _ in model.named_modules() if name.endswith(target)]
+    names = [name for name in names if config.adapts(name)]
     for target in config.targets:
-        parents = [module for module in model.modules() if hasattr(module, target)]
-        if not parents:
+        if not any(name.endswith(target) for name in names):
             raise InputError(f"the model has no linear layer called {target!r}")
-        for parent in parents:
-            linear = getattr(parent, target)
-            wrapped = LoRALinear(linear, config.rank(target), config.scaling(target), config.dropout)
-            setattr(parent, target, wrapped.train(parent.training))
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for pattern in patterns:
+            if not any(_matching({pattern: None}, name) for name in names):
+                raise InputError(f"lora pattern {pattern!r} matches no adapted layer; they are called like {names[0]}")
+    whole_weights = [_whole_weight(model, name) for name in config.modules_to_save]
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        wrapped = LoRALinear(
+            linear,
+            config.rank(name),
+            config.as_saved().scaling(name),
+            dropout=config.dropout if name != "lm_head" else 0.0,  # the loss through a head never makes its output
+            dora=config.dora,
+            init=config.init,
+        )
+        setattr(model.get_submodule(parent), child, wrapped.train(linear.training))
+    for weight in whole_weights:
+        weight.requires_grad_(True)
     model.lora_config = config
+
+
+def _whole_weight(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight of a module to be trained as a whole."""
+    weight = getattr(model.get_submodule(_MODULES_TO_SAVE[name]), "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise InputError(
+            f"{name} is in int8 or in the host's memory and cannot be trained: load it without that, or leave it out"
+            " of lora.modules_to_save"
+        )
+    return weight
 
 
 def merge_lora(model: nn.Module) -> None:
     """Add the adapter's update to the base weights, in fp32, and unwrap the layers, in place.
 
+    What was trained as a whole stays as it is. A head under LoRA that shared its weight with the embedding gets a
+    weight of its own: the update belongs to the head alone, and `model.config.tie_word_embeddings` becomes false.
+
     Raises:
         InputError: the base is quantized. Merging into quantized weights and quantizing again loses part of the update;
             merge into the unquantized checkpoint instead.
     """
-    for name, layer in list(lora_layers(model)):
+    layers = list(lora_layers(model))
+    for name, layer in layers:
         if not isinstance(layer.linear, nn.Linear):
             raise InputError(f"{name} is quantized: merge the adapter into the unquantized base instead")
+    for name, layer in layers:
+        if name == "lm_head" and model.config.tie_word_embeddings:
+            _untie_head(model)
         weight = layer.linear.weight
         with torch.no_grad():
-            weight.copy_(weight.float() + layer.delta_weight().to(weight.device))
+            weight.copy_(layer.merged_weight())
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.linear)
+    model.requires_grad_(False)
     model.lora_config = None
+
+
+def _untie_head(model: nn.Module) -> None:
+    """Give the head a weight of its own, equal to the embedding's."""
+    head = getattr(model.lm_head, "linear", model.lm_head)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config = model.model.config = replace(model.config, tie_word_embeddings=False)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -203,13 +226,57 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names."""
-    return {
-        f"{_PEFT_PREFIX}{name}.lora_{side}.weight": getattr(layer, f"lora_{side}").detach()
+def trained_summary(model: nn.Module) -> str:
+    """One line for the user: what the adapter changes, and what is trained as a whole."""
+    layers = list(lora_layers(model))
+    ranks = sorted({len(layer.lora_A) for _, layer in layers})
+    summary = f"adapting {len(layers)} layers with rank{'' if len(ranks) == 1 else 's'} {ranks[0]}"
+    if len(ranks) > 1:
+        summary += f" to {ranks[-1]}"
+    if names := _saved_modules(model):
+        together = " as one" if model.config.tie_word_embeddings else ""
+        size = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
+        summary += f"; training {' and '.join(names)}{together}, {size:,} parameters"
+    return summary
+
+
+def learning_rate_factors(model: nn.Module) -> dict[str, float]:
+    """Share of the learning rate at which parameters learn, by name; those not named learn at the whole of it."""
+    config: LoRAConfig | None = getattr(model, "lora_config", None)
+    if config is None:
+        return {}
+    factors = {name: config.plus_ratio for name, _ in model.named_parameters() if name.endswith(".lora_B")}
+    whole = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    return factors | dict.fromkeys(sorted(whole), config.embedding_learning_rate)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What was trained, under PEFT's names; a weight that embedding and head share is under both of theirs."""
+    names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+    parameters = {
+        f"{_PEFT_PREFIX}{name}.{saved}": getattr(layer, own)
         for name, layer in lora_layers(model)
-        for side in "AB"
+        for own, saved in names.items()
+        if getattr(layer, own) is not None
     }
+    for name in _saved_modules(model):
+        parameters[f"{_PEFT_PREFIX}{_MODULES_TO_SAVE[name]}.weight"] = _whole_weight(model, name)
+    return parameters
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors as they are stored: under PEFT's names, PiSSA as LoRA of twice the rank."""
+    state = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
+    for name, layer in lora_layers(model):
+        for side, factor in zip("AB", layer.factors(), strict=True):
+            state[f"{_PEFT_PREFIX}{name}.lora_{side}.weight"] = factor.detach()
+    return state
+
+
+def _saved_modules(model: nn.Module) -> list[str]:
+    """Names of the modules trained as a whole; of embedding and head that share a weight, both."""
+    named = model.lora_config.modules_to_save
+    return list(_MODULES_TO_SAVE) if named and model.config.tie_word_embeddings else sorted(named)
 
 
 def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | None = None) -> None:
@@ -221,7 +288,8 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
     """
     adapter_dir = Path(adapter_dir)
     adapter_dir.mkdir(parents=True, exist_ok=True)
-    config: LoRAConfig = model.lora_config
+    config: LoRAConfig = model.lora_config.as_saved()
+    saved_modules = _saved_modules(model)
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -230,18 +298,22 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": list(config.targets),
-        "rank_pattern": dict(config.rank_per_target),
-        "alpha_pattern": {},
+        "layers_to_transform": config.layers_to_transform,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": saved_modules or None,
+        "ensure_weight_tying": bool(saved_modules) and model.config.tie_word_embeddings,
     }
     # One key at most: safetensors writes several in random order, and equal adapters shall be equal files.
     metadata = {"base_fingerprint": model.fingerprint} if model.fingerprint else None
-    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    # Copies, because safetensors takes no two tensors that share memory, as a tied embedding and head do.
+    state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in adapter_state(model).items()}
     with atomic_path(adapter_dir / "adapter_model.safetensors") as temporary:
         save_file(state, temporary, metadata=metadata)
     write_json(adapter_dir / "adapter_config.json", description)
@@ -254,21 +326,22 @@ def read_adapter_config(adapter_dir: Path | str) -> LoRAConfig:
     if stated.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is {stated.get('peft_type')!r}; only 'LORA' is supported")
     plain_values: dict[str, tuple] = {
-        "alpha_pattern": ({}, None),
         "alora_invocation_tokens": (None,),
+        "arrow_config": (None,),
         "bias": ("none", None),
         "exclude_modules": (None,),
         "fan_in_fan_out": (False, None),
+        "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "pissa"),
+        "kasa_config": (None,),
         "layer_replication": (None,),
-        "layers_pattern": (None,),
-        "layers_to_transform": (None,),
+        "layers_pattern": (None, [], ""),
         "lora_bias": (False, None),
-        "modules_to_save": (None, []),
+        "monteclora_config": (None,),
         "target_parameters": (None, []),
         "trainable_token_indices": (None,),
         "use_bdlora": (None, False),
-        "use_dora": (False, None),
         "use_qalora": (False, None),
+        "velora_config": (None,),
     }
     for name, allowed in plain_values.items():
         if stated.get(name, allowed[0]) not in allowed:
@@ -276,21 +349,31 @@ def read_adapter_config(adapter_dir: Path | str) -> LoRAConfig:
     targets = stated["target_modules"]
     if not isinstance(targets, list):
         raise InputError(f"{path}: target_modules = {targets!r} is not a list of names")
+    layers = stated.get("layers_to_transform")
     try:
         return LoRAConfig(
             r=stated["r"],
             alpha=stated["lora_alpha"],
             dropout=stated.get("lora_dropout", 0.0),
-            targets=sorted(targets, key=lambda name: LINEAR_NAMES.index(name) if name in LINEAR_NAMES else -1),
-            rank_per_target=stated.get("rank_pattern") or {},
+            targets=sorted(targets, key=lambda name: _TARGETS.index(name) if name in _TARGETS else -1),
+            layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+            rank_pattern=stated.get("rank_pattern") or {},
+            alpha_pattern=stated.get("alpha_pattern") or {},
             rslora=stated.get("use_rslora", False),
+            dora=stated.get("use_dora") or False,
+            init="pissa" if stated.get("init_lora_weights") == "pissa" else "kaiming",
+            # PEFT takes any end of a module's name, and may state one module twice.
+            modules_to_save=sorted({name.removeprefix("model.") for name in stated.get("modules_to_save") or []}),
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
 def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
-    """Inject the adapter of a PEFT directory into the model and load its weights (fp32).
+    """Inject the adapter of a PEFT directory into the model and load its weights.
+
+    An embedding or a head that the adapter brings replaces the model's. If the base ties the two and the adapter has
+    only one of them, or both and different, they are untied: `model.config.tie_word_embeddings` becomes false.
 
     Raises:
         InputError: no such adapter, an unsupported kind, tensors that do not fit the model, or a base other than the
@@ -311,15 +394,30 @@ def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
             f"{adapter_dir} was trained on another base (fingerprint {trained_on[:12]}) than the one loaded"
             f" ({model.fingerprint[:12]}); load the base it was trained on"
         )
+    frozen = state.pop(f"{_PEFT_PREFIX}lm_head.base_layer.weight", None)  # PEFT adds it when the head is adapted
+    if frozen is not None and isinstance(model.lm_head, nn.Linear):
+        weight = model.lm_head.weight.detach().cpu()
+        if frozen.shape != weight.shape or not torch.allclose(frozen.float(), weight.float(), rtol=2**-7, atol=1e-6):
+            raise InputError(
+                f"{path}: its lm_head.base_layer is not the head of this base: it was made for another one"
+            )
+    brought = [state.get(f"{_PEFT_PREFIX}{name}.weight") for name in _MODULES_TO_SAVE.values()]
+    if config.modules_to_save and model.config.tie_word_embeddings:
+        for name in config.modules_to_save:
+            _whole_weight(model, name)
+        if any(tensor is None for tensor in brought) or not torch.equal(*brought):
+            _untie_head(model)
+        else:
+            config.modules_to_save = list(_MODULES_TO_SAVE)
     inject_lora(model, config)
-    own = adapter_state(model)
+    own = adapter_parameters(model)
     differing = sorted(own.keys() ^ state.keys())
     if differing:
         raise InputError(f"{path} does not fit the model: {differing[0]} is only in one of them")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
+    for name, parameter in own.items():
+        if parameter.shape != state[name].shape:
             raise InputError(
-                f"{path}: {name} has shape {tuple(state[name].shape)}, this base needs {tuple(tensor.shape)}:"
+                f"{path}: {name} has shape {tuple(state[name].shape)}, this base needs {tuple(parameter.shape)}:"
                 " the adapter was made for another base"
             )
-        tensor.copy_(state[name])
+        parameter.detach().copy_(state[name])

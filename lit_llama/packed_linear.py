@@ -9,7 +9,7 @@ which have layouts of their own (`quantization.py`).
 import torch
 from torch import Tensor, nn
 
-from lit_llama.lora import LoRALinear
+from lit_llama.lora_linear import LoRALinear, updated_row_norms
 from lit_llama.model import Llama
 
 
@@ -23,9 +23,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.lora_B: Tensor | None = None  # (r, out)
+        self.row_scale: Tensor | None = None  # (out,), DoRA's
         if lora is not None:
-            weight = torch.cat((weight, lora.lora_A.detach().to(weight.dtype)))
-            self.lora_B = lora.lora_B.detach().to(weight.dtype).T
+            lora_A, lora_B = (factor.detach() for factor in lora.factors())
+            if lora.lora_magnitude_vector is not None:
+                norms = updated_row_norms(weight.detach(), lora_A, lora_B, lora.scaling)
+                self.row_scale = (lora.lora_magnitude_vector.detach() / norms).to(weight.dtype)
+            weight = torch.cat((weight, lora_A.to(weight.dtype)))
+            self.lora_B = lora_B.to(weight.dtype).T
             self.scaling = lora.scaling
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
@@ -34,7 +39,8 @@ class PackedLinear(nn.Module):
         if self.lora_B is None:
             return output
         output, low = output.flatten(0, -2).split((self.out_features, len(self.lora_B)), dim=-1)
-        return torch.addmm(output, low, self.lora_B, alpha=self.scaling).view(*x.shape[:-1], -1)
+        output = torch.addmm(output, low, self.lora_B, alpha=self.scaling).view(*x.shape[:-1], -1)
+        return output if self.row_scale is None else output.mul_(self.row_scale)
 
 
 def pack_linear_layers(model: Llama) -> None:
@@ -43,7 +49,7 @@ def pack_linear_layers(model: Llama) -> None:
     Of use is it for bf16 on a CPU with instructions for it; any other model stays as it is. Afterwards the model can
     only generate. The packed weights are a copy; pages of a checkpoint's file are the operating system's to take back.
     """
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight
     supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not supported:
         return
@@ -51,7 +57,7 @@ def pack_linear_layers(model: Llama) -> None:
         parent_name, _, child = name.rpartition(".")
         if isinstance(module, LoRALinear) and isinstance(module.linear, nn.Linear):
             packed = PackedLinear(module.linear.weight, module)
-        elif isinstance(module, nn.Linear) and not parent_name.endswith("_proj"):
+        elif isinstance(module, nn.Linear) and child != "linear":  # that of a LoRALinear is packed with it
             packed = PackedLinear(module.weight)
         else:
             continue

@@ -22,7 +22,7 @@ def main(
     """Write base + adapter as one checkpoint.
 
     The update is added in fp32 and rounded once, when it is stored. An adapter that was trained on a quantized base is
-    merged into the unquantized weights of the checkpoint.
+    merged into the unquantized weights of the checkpoint. Embedding and head stay tied as long as they are equal.
 
     Args:
         checkpoint_dir: The base that the adapter was trained on.
@@ -35,9 +35,14 @@ def main(
     base_dtype = stored_dtype(checkpoint_dir)
     out_dtype = getattr(torch, dtype) if dtype else base_dtype
     model = load_model(checkpoint_dir, torch.promote_types(base_dtype, out_dtype))
+    tied = model.config.tie_word_embeddings
     load_adapter(model, adapter_dir)
     progress(f"merging {len(list(lora_layers(model)))} layers of {adapter_dir} into {checkpoint_dir}")
+    if model.lora_config.modules_to_save:
+        progress(f"replacing {' and '.join(model.lora_config.modules_to_save)} by what was trained")
     merge_lora(model)
+    if tied and not model.config.tie_word_embeddings:
+        progress("note: embedding and head differ now: untied, with tie_word_embeddings = false in config.json")
     save_checkpoint(model, out_dir, tokenizer_from=checkpoint_dir, overwrite=overwrite, dtype=out_dtype)
     print(out_dir)
 

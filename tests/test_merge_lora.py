@@ -26,7 +26,7 @@ def adapter(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """An adapter that changes the logits a lot, with a rank of its own for one target."""
     model = load_model(tiny_checkpoint, torch.float32)
     torch.manual_seed(7)
-    inject_lora(model, LoRAConfig(r=4, alpha=16, rank_per_target={"down_proj": 2}))
+    inject_lora(model, LoRAConfig(r=4, alpha=16, rank_pattern={"down_proj": 2}))
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     save_adapter(model, tmp_path / "adapter", base_model=str(tiny_checkpoint))
