@@ -1,18 +1,25 @@
 """What a training run leaves in its directory, and how it goes on after a break.
 
 out_dir/
-  adapter files             what has been trained, as of the last evaluation (a full run: checkpoint/)
-  best/                     the same at the lowest held-out loss
-  state/                    everything an exact resume needs; no pickles
   lit_config.yaml           the arguments: pass it back with --config
   metrics.csv, probes.jsonl and the trackers' files (`tracking.py`)
+  state/state.json          where the run stands, and the checksum of the file with its tensors
+  state/step-N.safetensors  these tensors: parameters, optimizer, random states
+  adapter files             what has been trained, as of the last state (a full run: checkpoint/)
+  best/                     the same at the lowest held-out loss
   report.json, report.md    before and after (`report.py`)
+
+A run may be killed at any moment. What it has done counts from the instant in which the new state.json takes the old
+one's name: everything written before that (metrics, probes, tensors under a new name) is dropped by a resume from the
+old state, and everything written after it (adapter, best) is written again by a resume from the new one. A run killed
+before its first state starts from the beginning.
 """
 
-import json
 import math
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +28,28 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lit_llama.command_line import StatusLine, progress
-from lit_llama.errors import InputError
-from lit_llama.files import atomic_directory, atomic_file, read_json, refuse_overwrite
+from lit_llama.errors import InputError, RunError
+from lit_llama.files import atomic_file, atomic_path, is_disk_full, read_json, refuse_overwrite, write_json
 from lit_llama.optimizer import Optimizer
+from lit_llama.parallel import full_tensor, sliced_like, whole_parameters
 from lit_llama.report import write_report
-from lit_llama.tracking import Tracker
+from lit_llama.tracking import Tracker, check_trackers
 
 if TYPE_CHECKING:
     from lit_llama.training import Corpus, TrainingArguments
 
+# What a run has no part of before its first state.
+_RESULTS = ("adapter_*", "checkpoint", "best", "report.*")
+
+_RESTORE = "restore it from a copy, or start again with --overwrite true"
+
 # Arguments that may differ when a run is continued: they do not change what a step computes.
 _FREE_ON_RESUME = (
     "resume", "overwrite", "out_dir", "eval", "tracker", "probe_file", "accelerator", "devices", "nodes", "strategy",
-    "train.patience", "train.epochs", "train.max_steps", "train.micro_batch_size",
+    "train.patience", "train.epochs", "train.max_steps", "train.micro_batch_size", "train.compile", "activations",
 )  # fmt: skip
 
 
@@ -58,14 +72,19 @@ class RunState:
 class RunFiles:
     """The run directory of one training run. Only the main process writes."""
 
-    def __init__(self, arguments: "TrainingArguments", fabric: Fabric, save: Callable[[Path], None]) -> None:
-        self.arguments, self.fabric, self._save = arguments, fabric, save
+    def __init__(
+        self, arguments: "TrainingArguments", fabric: Fabric, model: nn.Module, save: Callable[[Path], None]
+    ) -> None:
+        self.arguments, self.fabric, self.model, self._save = arguments, fabric, model, save
         self.out_dir = Path(arguments.out_dir)
         self.is_main = fabric.is_global_zero
         self.tracker: Tracker | None = None
         self._status = StatusLine()
-        if self.is_main and not arguments.resume:
+        self._saved_step: int | None = None
+        check_trackers(arguments.tracker)
+        if not arguments.resume:
             refuse_overwrite(self.out_dir, arguments.overwrite)
+            fabric.barrier()  # before the main process writes there
 
     # --- beginning
     # -----------------------------------------------------------------------------------------------------
@@ -74,21 +93,34 @@ class RunFiles:
         """Put parameters, optimizer and random states back as they were when the run stopped.
 
         Raises:
-            InputError: there is nothing to resume, or an argument that changes the computation differs.
+            InputError: there is nothing to resume, an argument that changes the computation differs, or a file of the
+                state is damaged.
         """
-        directory = self.out_dir / "state"
-        if not (directory / "state.json").is_file():
-            raise InputError(f"{self.out_dir} holds no run to resume (no state/state.json); start it without --resume")
-        before = yaml.safe_load((self.out_dir / "lit_config.yaml").read_text(encoding="utf-8"))
-        differing = _first_difference(before, plain_arguments(self.arguments))
-        if differing:
-            name, old, new = differing
-            raise InputError(
-                f"--{name} is {new!r} but was {old!r} in the run in {self.out_dir}; resume with the same arguments"
-            )
-        state = RunState(**read_json(directory / "state.json"))
-        tensors = load_file(directory / "state.safetensors")
-        optimizer.load_state_tensors(tensors)
+        self._refuse_other_arguments()
+        state_file = self.out_dir / "state/state.json"
+        if not state_file.is_file():
+            # A run has none of these before its first state, so the state has been removed, not left out by a kill.
+            results = [path for pattern in _RESULTS for path in self.out_dir.glob(pattern)]
+            if results:
+                raise InputError(f"{state_file}: no such file, but {results[0]} exists; {_RESTORE}")
+            if self.is_main:
+                progress(f"{self.out_dir} was stopped before its first state was saved: starting from the beginning")
+            return RunState()
+        state, checksum = _read_state(state_file)
+        tensors_file = self._tensors_file(state)
+        if not tensors_file.is_file():
+            raise InputError(f"{tensors_file}: no such file; {_RESTORE}")
+        if _checksum(tensors_file) != checksum:
+            raise InputError(f"{tensors_file}: damaged, its checksum is not that of state.json; {_RESTORE}")
+        tensors = load_file(tensors_file)
+        for name, parameter in optimizer.parameters.items():
+            stored = tensors.get(f"parameter.{name}")
+            if stored is None or stored.shape != parameter.shape:
+                raise InputError(
+                    f"{tensors_file}: {name} is {'missing' if stored is None else tuple(stored.shape)}, the model's is"
+                    f" {tuple(parameter.shape)}; resume with the base that was trained"
+                )
+        optimizer.load_state_tensors(_sliced(tensors, optimizer))
         rank = self.fabric.global_rank
         if f"random.{rank}" in tensors:
             torch.set_rng_state(tensors[f"random.{rank}"])
@@ -96,26 +128,39 @@ class RunFiles:
             torch.cuda.set_rng_state(tensors[f"random_cuda.{rank}"], self.fabric.device)
         if self.is_main:
             progress(f"resuming {self.out_dir} after step {state.step}")
+        self._saved_step = state.step
+        self._publish(state)
         return state
+
+    def _refuse_other_arguments(self) -> None:
+        path = self.out_dir / "lit_config.yaml"
+        if not path.is_file():
+            raise InputError(f"{self.out_dir} holds no run to resume (no lit_config.yaml); start it without --resume")
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid YAML ({error}); {_RESTORE}") from None
+        if not isinstance(before, dict):
+            raise InputError(f"{path}: not the arguments of a run; {_RESTORE}")
+        differing = _first_difference(before, plain_arguments(self.arguments))
+        if differing:
+            name, old, new = differing
+            raise InputError(
+                f"--{name} is {new!r} but was {old!r} in the run in {self.out_dir}; resume with the same arguments"
+            )
 
     def announce(self, optimizer: Optimizer, corpus: "Corpus", total_steps: int, state: RunState) -> None:
         """Open the trackers, keep the arguments, and tell the user what is about to happen."""
         if not self.is_main:
             return
         if self.arguments.overwrite and not self.arguments.resume:
-            for name in ("state", "best"):
-                shutil.rmtree(self.out_dir / name, ignore_errors=True)
-        names = self.arguments.tracker
-        self.tracker = Tracker(
-            [names] if isinstance(names, str) else names,
-            self.out_dir,
-            resume_step=state.step if self.arguments.resume else None,
-        )
+            self._remove_results()
         arguments = plain_arguments(self.arguments)
         with atomic_file(self.out_dir / "lit_config.yaml") as file:
             yaml.safe_dump(
                 {k: v for k, v in arguments.items() if k not in ("resume", "overwrite")}, file, sort_keys=False
             )
+        self.tracker = Tracker(self.arguments.tracker, self.out_dir, resume_step=state.step or None)
         self.tracker.log_parameters(arguments)
         trained = sum(p.numel() for p in optimizer.parameters.values())
         windows, train = corpus.windows, self.arguments.train
@@ -125,6 +170,12 @@ class RunFiles:
             f" epoch{replay}; {total_steps} steps of {train.global_batch_size} windows on"
             f" {self.fabric.world_size} x {self.fabric.device.type}"
         )
+
+    def _remove_results(self) -> None:
+        """Remove an older run; its state first, so that a kill in between leaves nothing that a resume would take."""
+        (self.out_dir / "state/state.json").unlink(missing_ok=True)
+        for path in [path for pattern in ("state", *_RESULTS) for path in self.out_dir.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # --- on the way
     # ----------------------------------------------------------------------------------------------------
@@ -158,22 +209,59 @@ class RunFiles:
         self._status.clear()
         progress(f"step {state.step}: {', '.join(parts)}")
 
-    def save(self, optimizer: Optimizer, state: RunState, is_best: bool) -> None:
-        """Keep what is trained so far and everything a resume needs, each replaced as a whole."""
+    def save(self, optimizer: Optimizer, state: RunState) -> None:
+        """Keep everything a resume needs and what is trained so far; see above for the order."""
+        if state.step == self._saved_step:
+            return
         random = {f"random.{self.fabric.global_rank}": torch.get_rng_state()}
         if self.fabric.device.type == "cuda":
             random[f"random_cuda.{self.fabric.global_rank}"] = torch.cuda.get_rng_state(self.fabric.device)
         if self.fabric.world_size > 1:
             random = _merged(self.fabric, random)
+        tensors = {}
+        for name, tensor in optimizer.state_tensors().items():
+            whole = full_tensor(tensor)
+            if self.is_main:
+                tensors[name] = whole.cpu().contiguous()
         if self.is_main:
-            self._save(self.out_dir)
-            if is_best:
-                self._save(self.out_dir / "best")
-            with atomic_directory(self.out_dir / "state", overwrite=True) as directory:
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer.state_tensors().items()}
-                save_file({**tensors, **random}, directory / "state.safetensors")
-                (directory / "state.json").write_text(json.dumps(asdict(state), indent=2, allow_nan=False))
+            self.tracker.flush()
+            tensors_file = self._tensors_file(state)
+            with atomic_path(tensors_file) as temporary:
+                save_file({**tensors, **random}, temporary)
+            record = {**asdict(state), "checksum": _checksum(tensors_file)}
+            write_json(tensors_file.with_name("state.json"), record)
+        self._saved_step = state.step
+        self._publish(state)
         self.fabric.barrier()
+
+    def _tensors_file(self, state: RunState) -> Path:
+        return self.out_dir / f"state/step-{state.step}.safetensors"
+
+    def _publish(self, state: RunState) -> None:
+        """Write what the saved state makes of the adapter and of best/, drop what it replaces; twice does no harm."""
+        if self.is_main:
+            for path in (self.out_dir / "state").iterdir():
+                if path.name not in ("state.json", self._tensors_file(state).name):
+                    path.unlink()
+        with whole_parameters(self.model, keep=self.is_main):
+            if self.is_main:
+                self._save(self.out_dir)
+                if state.best_step == state.step:
+                    self._save(self.out_dir / "best")
+
+    @contextmanager
+    def full_disk_explained(self) -> Iterator[None]:
+        """Turn the failure to write into one line that says how to go on."""
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            kept = "no step was saved yet" if self._saved_step is None else f"step {self._saved_step} is kept"
+            raise RunError(
+                f"{self.out_dir}: the disk is full ({error}); {kept}: free some space and go on with the same command"
+                " and --resume true"
+            ) from None
 
     # --- the end
     # -------------------------------------------------------------------------------------------------------
@@ -216,6 +304,27 @@ class RunFiles:
         self.tracker.finish(status)
 
 
+def _read_state(path: Path) -> tuple[RunState, int]:
+    """Where a run stands, and the checksum of the file with its tensors."""
+    try:
+        record = read_json(path)
+        checksum = record.pop("checksum")
+        return RunState(**record), checksum
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(f"{path}: not the state of a run; {_RESTORE}") from None
+    except InputError as error:
+        raise InputError(f"{error}; {_RESTORE}") from None
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file's content: finds what a truncated copy or a failing disk does to it."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
 def plain_arguments(arguments: Any) -> dict[str, Any]:
     """A dataclass of arguments as nested plain values, as --config takes it."""
     if is_dataclass(arguments):
@@ -243,13 +352,24 @@ def _first_difference(before: dict, now: dict, prefix: str = "") -> tuple[str, A
     return None
 
 
+def _sliced(tensors: dict[str, torch.Tensor], optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of a state, each sliced over the processes as the parameter that it belongs to."""
+    parameters = {key: optimizer.masters.get(key.partition(".")[2]) for key in tensors}
+    return {
+        key: tensor if parameters[key] is None else sliced_like(tensor, parameters[key])
+        for key, tensor in tensors.items()
+    }
+
+
 def _merged(fabric: Fabric, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The random states of all processes, by name with the rank."""
     merged = {}
     for name, tensor in own.items():
         stem = name.rpartition(".")[0]
-        gathered = fabric.all_gather(tensor.to(fabric.device)).cpu()
-        merged |= {f"{stem}.{rank}": gathered[rank].clone() for rank in range(fabric.world_size)}
+        tensor = tensor.to(fabric.device)
+        gathered = [torch.empty_like(tensor) for _ in range(fabric.world_size)]
+        torch.distributed.all_gather(gathered, tensor)
+        merged |= {f"{stem}.{rank}": state.cpu() for rank, state in enumerate(gathered)}
     return merged
 
 

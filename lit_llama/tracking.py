@@ -27,7 +27,7 @@ from lightning.fabric.loggers import Logger, TensorBoardLogger
 
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
-from lit_llama.files import atomic_file
+from lit_llama.files import atomic_file, flush_to_disk
 from lit_llama.hardware import run_environment
 
 if TYPE_CHECKING:
@@ -62,18 +62,16 @@ class Tracker:
         resume_step: int | None = None,
         project: str | None = None,
     ) -> None:
-        names = [names] if isinstance(names, str) else names
-        unknown = sorted(set(names) - {"csv", "tensorboard", "neptune"})
-        if unknown:
-            raise InputError(f"--tracker {unknown[0]}: no such tracker; choose from csv, tensorboard, neptune")
+        names = check_trackers(names)
         out_dir = Path(out_dir)
         self.loggers: list[Logger] = []
         if "tensorboard" in names:
             self.loggers.append(TensorBoardRun(out_dir, resume_step))
         if "neptune" in names:
             self.loggers.append(NeptuneRun(out_dir, run_name or out_dir.resolve().name, resume_step, project))
-        # Made last, because it replaces what is there: a missing package must not cost anyone the records of a run.
-        self.loggers.insert(0, LocalFiles(out_dir, resume_step))
+        # Made last, because it replaces what is there: a tracker that fails must not cost anyone the records of a run.
+        self._local_files = LocalFiles(out_dir, resume_step)
+        self.loggers.insert(0, self._local_files)
 
     def log_parameters(self, parameters: dict) -> None:
         """Record the run's configuration (a nested dict of plain values and Paths) and what it runs on."""
@@ -86,6 +84,10 @@ class Tracker:
     def log_probes(self, probes: list[dict], step: int) -> None:
         """Record the answers of one evaluation: rows of {question, answer, answers?, correct?}."""
         self._each("log_probes", probes, step)
+
+    def flush(self) -> None:
+        """Have the local files written to the disk, so that no later file outlives a power cut without them."""
+        self._local_files.flush()
 
     def log_file(self, path: Path) -> None:
         """Hand a finished file (adapter, report) to the trackers that keep files."""
@@ -111,11 +113,23 @@ class Tracker:
                 )
 
 
+def check_trackers(names: str | Sequence[str]) -> list[str]:
+    """The names as a list; InputError for an unknown one and for one whose package is not installed."""
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in ("csv", "tensorboard", "neptune"):
+            raise InputError(f"--tracker {name}: no such tracker; choose from csv, tensorboard, neptune")
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise InputError(f"--tracker {name} needs a package that is not installed: pip install {name}")
+    return names
+
+
 class LocalFiles(Logger):
     """`metrics.csv` (one row a step, a cell empty where nothing was measured) and `probes.jsonl` (one line an answer).
 
-    Every row is on disk when the call returns and both files can be read while they grow. A resumed run continues them:
-    rows after its step are dropped, so no step occurs twice.
+    Every row is with the system when the call returns, so a kill loses none, and both files can be read while they
+    grow. A resumed run continues them: rows after its step are dropped, so no step occurs twice. The kill may have left
+    the last of those in a jumble, so nothing behind that step is read.
     """
 
     name = "csv"
@@ -126,7 +140,7 @@ class LocalFiles(Logger):
         self._metrics_path, self._probes_path = out_dir / "metrics.csv", out_dir / "probes.jsonl"
         metrics, probes = [], []
         if resume_step is not None and self._metrics_path.exists():
-            metrics = [row for row in read_metrics(self._metrics_path) if row["step"] <= resume_step]
+            metrics = read_metrics(self._metrics_path, resume_step)
         if resume_step is not None and self._probes_path.exists():
             probes = [row for row in read_probes(self._probes_path) if row["step"] <= resume_step]
         self._columns = list(METRICS)
@@ -170,6 +184,11 @@ class LocalFiles(Logger):
     def log_file(self, path: Path) -> None:
         """Nothing: the file lies in the run directory already."""
 
+    def flush(self) -> None:
+        flush_to_disk(self._metrics_path)
+        if self._probes_path.exists():
+            flush_to_disk(self._probes_path)
+
     def finalize(self, status: str) -> None:
         self._file.close()
 
@@ -202,8 +221,11 @@ class LocalFiles(Logger):
         self._probe_step = max((row["step"] for row in rows), default=-1)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
     """Rows of a metrics.csv, possibly of a running or killed run: its unfinished last line is left out.
+
+    Args:
+        last_step: Read no further than the row of this step.
 
     Returns:
         One dict a row: "step" and whatever was measured there; a column without a value in that row is absent.
@@ -228,7 +250,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             row["step"] = int(row["step"])
         except (ValueError, KeyError):
             raise InputError(f"{path}, line {lines.line_num}: expected {len(columns)} numbers, found {cells}") from None
+        if last_step is not None and row["step"] > last_step:
+            break
         rows.append(row)
+        if row["step"] == last_step:
+            break
     return rows
 
 
@@ -256,12 +282,7 @@ class TensorBoardRun(TensorBoardLogger):
     def __init__(self, out_dir: Path, resume_step: int | None) -> None:
         # Events of an earlier run from this step on are marked as void, so a resumed curve has one value a step.
         purge_step = 0 if resume_step is None else resume_step + 1
-        try:
-            super().__init__(out_dir / "tensorboard", name="", version="", purge_step=purge_step, flush_secs=10)
-        except ModuleNotFoundError:
-            raise InputError(
-                "--tracker tensorboard needs a package that is not installed: pip install tensorboard"
-            ) from None
+        super().__init__(out_dir / "tensorboard", name="", version="", purge_step=purge_step, flush_secs=10)
 
     @property
     def name(self) -> str:
@@ -319,8 +340,6 @@ class NeptuneRun(Logger):
         connect_seconds: float = 10.0,
         stop_seconds: float = 30.0,
     ) -> None:
-        if importlib.util.find_spec("neptune") is None:
-            raise InputError("--tracker neptune needs a package that is not installed: pip install neptune")
         import neptune
         from neptune.types import GitRef
 
@@ -338,7 +357,8 @@ class NeptuneRun(Logger):
         # The same identifier makes a resumed run continue its run on the server.
         identifier = self._directory / "run_id"
         if resume_step is None or not identifier.exists():
-            identifier.write_text(uuid.uuid4().hex)
+            with atomic_file(identifier) as file:
+                file.write(uuid.uuid4().hex)
         options = {
             "name": run_name,
             "custom_run_id": identifier.read_text(),

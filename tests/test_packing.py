@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from lit_llama.data.packing import TrainingWindows, collate
+from lit_llama.data.packing import IGNORE_INDEX, TrainingWindows, collate
 from lit_llama.data.token_store import TokenStore, TokenStoreWriter
 from lit_llama.errors import InputError
 
 ODD_LENGTHS = (1, 17, 2, 40, 1, 3, 129, 5, 2, 61)
 
 
-def make_store(data_dir: Path, lengths=ODD_LENGTHS, first: int = 0, mask: bool = False, sha: str = "a") -> TokenStore:
+def make_store(
+    data_dir: Path, lengths=ODD_LENGTHS, first: int = 0, mask: bool = False, sha: str = "a", groups=None
+) -> TokenStore:
     """Documents of the given lengths in which every token of the store is another number, counted up from `first`."""
     random = np.random.default_rng(7)
     with TokenStoreWriter(data_dir, 100_000, sha * 64, "test") as writer:
-        for length in lengths:
+        for length, group in zip(lengths, groups or [None] * len(lengths), strict=True):
             learn = random.integers(0, 2, length) if mask else None
-            writer.add("train", np.arange(first, first + length), learn)
+            writer.add("train", np.arange(first, first + length), learn, group=group)
             first += length
     return TokenStore.open(data_dir, "train")
 
@@ -157,6 +159,55 @@ def test_random_access_equals_sequential_access(tmp_path: Path) -> None:
     assert same(TrainingWindows(store, **arguments)[len(expected) - 1], expected[-1])
 
 
+def sources_in(windows: list, store: TokenStore) -> list[list[int]]:
+    """Of each window the groups of its documents, one entry a document; documents without a group are left out."""
+    documents = np.repeat(np.arange(store.num_documents), np.diff(store.offsets))
+    found = []
+    for window in windows:
+        first_tokens = [window.input_ids[window.document_ids == i][0] for i in range(window.document_ids.max() + 1)]
+        found.append([int(group) for group in store.groups[documents[first_tokens]] if group >= 0])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_window_holds_two_views_of_one_source(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    views = random.integers(1, 9, random.integers(40, 80))  # documents a source
+    groups = [*np.repeat(np.arange(len(views)), views).tolist(), *[None] * int(random.integers(0, 60))]
+    random.shuffle(groups)
+    lengths = random.integers(1, 120, len(groups)).tolist()
+    store = make_store(tmp_path / "store", lengths, mask=bool(seed % 2), groups=groups)
+    windows = TrainingWindows(store, int(random.integers(8, 200)), seed)
+    assert windows.windows_per_epoch == -(-sum(n - 1 for n in lengths) // windows.length)
+    orders = []
+    for epoch in range(3):
+        drawn = epoch_of(windows, epoch)
+        assert pairs_in(drawn) == pairs_of(store)
+        orders.append(sources_in(drawn, store))
+        assert all(len(sources) == len(set(sources)) for sources in orders[-1])
+    assert orders[0] != orders[1]
+    # Without the groups the same documents do meet, so the test above can fail.
+    store.groups = None
+    plain = epoch_of(TrainingWindows(store, windows.length, seed), 0)
+    store.groups = np.array([-1 if group is None else group for group in groups])
+    assert windows.length < 40 or any(len(s) != len(set(s)) for s in sources_in(plain, store))
+    again = TrainingWindows(store, windows.length, seed)
+    indices = random.permutation(3 * windows.windows_per_epoch)[:40]
+    assert all(same(again[int(i)], windows[int(i)]) for i in indices)
+
+
+def test_a_store_too_small_to_keep_views_apart_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", [50] * 20, groups=[number % 2 for number in range(20)])
+    epoch = epoch_of(TrainingWindows(store, 40, seed=0), 0)
+    assert all(len(set(sources)) == len(sources) for sources in sources_in(epoch, store))
+    with pytest.raises(InputError, match=r"store/train is too small for windows of 200 tokens.*10 views of 2 sources"):
+        TrainingWindows(store, 200, seed=0)
+    TrainingWindows(store, 200, seed=0, shuffle=False)  # validation keeps the store's order
+    alone = make_store(tmp_path / "alone", groups=list(range(len(ODD_LENGTHS))))
+    plain = make_store(tmp_path / "plain")
+    assert same(TrainingWindows(alone, 500, seed=4)[3], TrainingWindows(plain, 500, seed=4)[3])
+
+
 HASH = """
 import hashlib, sys
 from lit_llama.data.packing import TrainingWindows
@@ -179,7 +230,8 @@ def test_every_process_gets_the_same_bytes(tmp_path: Path) -> None:
 def test_collate_stacks_into_int64_tensors(tmp_path: Path) -> None:
     windows = TrainingWindows(make_store(tmp_path / "store"), 8, seed=0)
     batch = collate([windows[i] for i in range(3)])
-    assert all(tensor.shape == (3, 8) and tensor.dtype == torch.int64 for tensor in batch)
+    assert all(tensor.shape == (3, 8) and tensor.dtype == torch.int64 for tensor in batch[:4])
+    assert torch.equal(batch.labels.flatten()[batch.targets], batch.labels[batch.labels != IGNORE_INDEX])
     assert batch.labels[2].tolist() == windows[2].labels.tolist()
 
 

@@ -31,7 +31,8 @@ def test_files_hold_the_documents_in_the_documented_format(tmp_path: Path, vocab
     assert not (store_dir / "train/loss_mask.bin").exists()
     meta = json.loads((store_dir / "meta.json").read_text())
     assert meta["tokenizer"] == {"sha256": TOKENIZER, "source": "checkpoints/some"}
-    assert meta["splits"]["train"] == {"documents": 3, "tokens": 704, "words": 6, "bytes": 30, "loss_mask": False}
+    counts = {"documents": 3, "tokens": 704, "words": 6, "bytes": 30, "loss_mask": False, "groups": False}
+    assert meta["splits"]["train"] == counts
     assert (meta["vocab_size"], meta["sources"]) == (vocab_size, ["x.txt"])
 
     store = TokenStore.open(store_dir, "train", TOKENIZER)
@@ -55,6 +56,34 @@ def test_another_tokenizer_is_refused_with_both_hashes(tmp_path: Path) -> None:
     store_dir = write(tmp_path / "store", [("train", [1, 2], None)])
     with pytest.raises(InputError, match=f"(?s){TOKENIZER}.*checkpoints/some.*{'b' * 64}"):
         TokenStore.open(store_dir, "train", "b" * 64)
+
+
+def write_groups(data_dir: Path, groups: list) -> Path:
+    with TokenStoreWriter(data_dir, 1000, TOKENIZER, "checkpoints/some") as writer:
+        for group in groups:
+            writer.add("train", [1, 2], group=group)
+        writer.add("val", [1, 2])
+    return data_dir
+
+
+def test_groups_are_kept_only_where_some_document_has_one(tmp_path: Path) -> None:
+    store_dir = write_groups(tmp_path / "store", [None, 7, 0, 7])
+    assert np.load(store_dir / "train/groups.npy").tolist() == [-1, 7, 0, 7]
+    assert TokenStore.open(store_dir, "train").groups.tolist() == [-1, 7, 0, 7]
+    assert not (store_dir / "val/groups.npy").exists() and TokenStore.open(store_dir, "val").groups is None
+    with pytest.raises(ValueError, match="group -1"):
+        write_groups(tmp_path / "other", [-1])
+    np.save(store_dir / "train/groups.npy", np.array([1, 2, 3]))
+    with pytest.raises(InputError, match="groups.npy: not the groups of 4 documents"):
+        TokenStore.open(store_dir, "train")
+    (store_dir / "train/groups.npy").unlink()
+    with pytest.raises(InputError, match="groups.npy: cannot be read"):
+        TokenStore.open(store_dir, "train")
+    meta = json.loads((store_dir / "meta.json").read_text())
+    for counts in meta["splits"].values():  # as stores were before there were groups
+        del counts["groups"]
+    (store_dir / "meta.json").write_text(json.dumps(meta))
+    assert TokenStore.open(store_dir, "train").groups is None
 
 
 def break_tokens(store_dir: Path) -> None:

@@ -2,7 +2,9 @@
 
 `data_dir/{train,val}/` hold `tokens.bin` (little-endian uint16 if vocab_size <= 65536, else uint32), `documents.npy`
 (int64 offsets into it, num_documents + 1) and, only where some token is not to be learned, `loss_mask.bin` (uint8, 1 =
-learn). `data_dir/meta.json` says with which tokenizer, from what and by which command they were made, and their counts.
+learn). Where some documents are views of one source (a text, its paraphrase, questions on it), `groups.npy` (int64, one
+a document) gives these the same number, and -1 to documents without other views; `packing` keeps views apart.
+`data_dir/meta.json` says with which tokenizer, from what and by which command they were made, and their counts.
 Cutting documents into training windows is `packing`'s; making tokens out of text is `scripts/prepare_corpus.py`'s.
 """
 
@@ -16,9 +18,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from lit_llama.errors import InputError
-from lit_llama.files import atomic_directory, read_json, refuse_overwrite, write_json
+from lit_llama.files import atomic_directory, holds_something, read_json, refuse_overwrite, write_json
 
 FORMAT_VERSION = 1
+NO_GROUP = -1
 
 
 class TokenStore:
@@ -27,6 +30,8 @@ class TokenStore:
     Attributes:
         tokens: (num_tokens,) uint16 or uint32, all documents one after the other.
         loss_mask: (num_tokens,) uint8, 1 where the token is to be learned; None where that is everywhere.
+        groups: (num_documents,) int64, equal for documents that are views of one source, -1 for those that are views
+            of none; None where all are.
         offsets: (num_documents + 1,) int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         meta: the content of `meta.json`.
         num_words, num_bytes: of the split's text (whitespace-separated words; UTF-8), without special tokens.
@@ -39,10 +44,11 @@ class TokenStore:
         tokens: np.ndarray,
         loss_mask: np.ndarray | None,
         offsets: np.ndarray,
+        groups: np.ndarray | None,
         meta: dict[str, Any],
     ) -> None:
         self.data_dir, self.split = data_dir, split
-        self.tokens, self.loss_mask, self.offsets, self.meta = tokens, loss_mask, offsets, meta
+        self.tokens, self.loss_mask, self.offsets, self.groups, self.meta = tokens, loss_mask, offsets, groups, meta
         self.num_documents, self.num_tokens = len(offsets) - 1, len(tokens)
         self.num_words, self.num_bytes = meta["splits"][split]["words"], meta["splits"][split]["bytes"]
         self.vocab_size: int = meta["vocab_size"]
@@ -77,20 +83,25 @@ class TokenStore:
         counts = meta["splits"][split]
 
         offsets_file = data_dir / split / "documents.npy"
-        try:
-            offsets = np.load(offsets_file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{offsets_file}: cannot be read ({error}); prepare the store anew") from None
+        offsets = _load_array(offsets_file)
         fits = offsets.dtype == np.int64 and offsets.shape == (counts["documents"] + 1,)
         if not fits or offsets[0] != 0 or offsets[-1] != counts["tokens"] or (np.diff(offsets) < 0).any():
             raise InputError(
                 f"{offsets_file}: not the offsets of {counts['documents']} documents with {counts['tokens']} tokens; "
                 "prepare the store anew"
             )
+        groups = None
+        if counts.get("groups"):  # absent in stores made before there were groups
+            groups_file = data_dir / split / "groups.npy"
+            groups = _load_array(groups_file)
+            if groups.dtype != np.int64 or groups.shape != (counts["documents"],) or groups.min() < NO_GROUP:
+                raise InputError(
+                    f"{groups_file}: not the groups of {counts['documents']} documents; prepare the store anew"
+                )
         tokens = _map(data_dir / split / "tokens.bin", token_dtype(meta["vocab_size"]), counts["tokens"])
         has_mask = counts["loss_mask"]
         loss_mask = _map(data_dir / split / "loss_mask.bin", np.dtype("u1"), counts["tokens"]) if has_mask else None
-        return cls(data_dir, split, tokens, loss_mask, offsets, meta)
+        return cls(data_dir, split, tokens, loss_mask, offsets, groups, meta)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens (length,) of document `index` and its loss mask (length,) uint8, or None where all are learned."""
@@ -105,6 +116,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); prepare the store anew") from None
+
+
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     expected = count * dtype.itemsize
     found = path.stat().st_size if path.is_file() else None
@@ -116,11 +134,12 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 @dataclass
 class _SplitFiles:
-    """What the writer holds of one split: open files, and 8 bytes a document for the offsets."""
+    """What the writer holds of one split: open files, and 16 bytes a document for offsets and groups."""
 
     directory: Path
     tokens: BinaryIO
     offsets: array = field(default_factory=lambda: array("q", [0]))
+    groups: array = field(default_factory=lambda: array("q"))
     loss_mask: BinaryIO | None = None
     words: int = 0
     bytes: int = 0
@@ -179,6 +198,7 @@ class TokenStoreWriter:
         *,
         num_words: int = 0,
         num_bytes: int = 0,
+        group: int | None = None,
     ) -> None:
         """Append one document to a split.
 
@@ -188,10 +208,13 @@ class TokenStoreWriter:
             loss_mask: (length,) of 0 and 1, 1 where the token is to be learned; None for everywhere.
             num_words: Words of the document's text, for the counts.
             num_bytes: UTF-8 bytes of the document's text, for the counts and bits per byte.
+            group: Number from 0 that all views of one source share; None for a document without other views.
         """
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"a document is at least one token id in 0..{self.vocab_size - 1}, got shape {ids.shape}")
+        if group is not None and group < 0:
+            raise ValueError(f"group {group}: must be 0 or more")
         files = self._splits.get(split)
         if files is None:
             directory = self.directory / split
@@ -209,11 +232,12 @@ class TokenStoreWriter:
             files.loss_mask.write(mask.tobytes())
         files.tokens.write(ids.astype(self.dtype).tobytes())
         files.offsets.append(files.offsets[-1] + len(ids))
+        files.groups.append(NO_GROUP if group is None else group)
         files.words += num_words
         files.bytes += num_bytes
 
     def counts(self) -> dict[str, dict[str, int | bool]]:
-        """Of each split so far: documents, tokens, words, bytes, and whether it has a loss mask."""
+        """Of each split so far: documents, tokens, words, bytes, and whether it has a loss mask and groups."""
         return {
             split: {
                 "documents": len(files.offsets) - 1,
@@ -221,6 +245,7 @@ class TokenStoreWriter:
                 "words": files.words,
                 "bytes": files.bytes,
                 "loss_mask": files.loss_mask is not None,
+                "groups": any(group != NO_GROUP for group in files.groups),
             }
             for split, files in sorted(self._splits.items())
         }
@@ -239,6 +264,9 @@ class TokenStoreWriter:
             raise InputError(f"no document for {self.data_dir}; nothing was written")
         for files in self._splits.values():
             np.save(files.directory / "documents.npy", np.frombuffer(files.offsets, dtype=np.int64))
+            groups = np.frombuffer(files.groups, dtype=np.int64)
+            if (groups != NO_GROUP).any():
+                np.save(files.directory / "groups.npy", groups)
         meta = {
             "format_version": FORMAT_VERSION,
             "tokenizer": self.tokenizer,
@@ -259,8 +287,7 @@ def _write_ones(file: BinaryIO, count: int) -> None:
 def refuse_store_overwrite(data_dir: Path, overwrite: bool) -> None:
     """Raise InputError unless `data_dir` is free, or is a token store and `overwrite` allows to replace it."""
     refuse_overwrite(data_dir, overwrite)
-    holds_something = any(data_dir.iterdir()) if data_dir.is_dir() else data_dir.exists()
-    if holds_something and not (data_dir / "meta.json").is_file():
+    if holds_something(data_dir) and not (data_dir / "meta.json").is_file():
         raise InputError(
             f"{data_dir} holds something that is not a token store and is not replaced; choose another --data_dir"
         )
