@@ -28,6 +28,8 @@ $(INSTALLED): requirements.txt constraints.txt setup.py
 	$(PYTHON) -m venv .venv
 	$(PIP) $(TORCH)
 	$(PIP) --quiet -e '.[documents,hub,plots,tensorboard,test]'
+	@# The extra "streaming" without torchvision, which it names but only images need, and which must match the build of torch.
+	$(PIP) --quiet --no-deps litdata obstore tifffile
 	@touch $@
 
 test: $(INSTALLED)

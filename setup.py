@@ -11,6 +11,7 @@ EXTRAS = {
     "documents": ["pypdf>=6.0", "pyarrow>=20.0", "selectolax>=0.3"],
     "hub": ["huggingface_hub>=1.0"],
     "plots": ["matplotlib>=3.10"],
+    "streaming": ["litdata>=0.2.76"],
     "tensorboard": ["tensorboard>=2.20"],
     "test": ["gguf>=0.17", "peft>=0.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14", "transformers>=5.0"],
 }

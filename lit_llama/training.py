@@ -10,29 +10,35 @@ as one without the break. Scripts (`pretrain/*.py`) build the model and call `tr
 """
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from lit_llama.activations import ActivationConfig, apply_activation_config
 from lit_llama.command_line import progress
-from lit_llama.data.packing import TrainingWindows, collate
+from lit_llama.data.packing import Batch, TrainingWindows, collate, without_targets
+from lit_llama.data.streaming import StreamedWindows, is_stream
 from lit_llama.data.token_store import TokenStore
 from lit_llama.errors import InputError, RunError
 from lit_llama.evaluation.perplexity import evaluate_loss
 from lit_llama.evaluation.questions import read_questions, score_answer
 from lit_llama.generation import answer_questions
-from lit_llama.hardware import peak_flops, peak_memory_gb
-from lit_llama.loss import IGNORE_INDEX, linear_cross_entropy
+from lit_llama.hardware import keep_freed_memory, peak_flops, peak_memory_gb
+from lit_llama.lora import learning_rate_factors
+from lit_llama.loss import head_loss
+from lit_llama.memory_estimate import TrainingSetup, fitting_setups, peak
 from lit_llama.model import Llama
-from lit_llama.optimizer import Optimizer, learning_rate_at
+from lit_llama.optimizer import Optimizer, OptimizerName, learning_rate_at
+from lit_llama.parallel import ReadLater, full_tensor, run_inside, sharded_strategy, sum_over_processes, to_device
 from lit_llama.prompts import detect_style
 from lit_llama.run_files import RunFiles, RunState
 from lit_llama.tokenizer import Tokenizer
@@ -51,6 +57,8 @@ class TrainConfig:
     final_learning_rate: float = 0.1
     """Where the cosine ends, as a share of the peak."""
     warmup_steps: int = 10
+    optimizer: OptimizerName = "adamw"
+    """adamw, adamw-8bit (a quarter of its state), or either paged to the CPU's memory when a CUDA card's is short."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -62,6 +70,8 @@ class TrainConfig:
     """Windows a forward pass on one device: as many as memory allows."""
     global_batch_size: int = 8
     """Windows an optimizer step, over all devices and accumulation steps."""
+    compile: bool = False
+    """Compile the decoder layers (torch.compile): faster on CUDA after a minute of compiling."""
     seed: int = 0
     patience: int | None = None
     """Stop after this many evaluations without a lower held-out loss. None: never."""
@@ -98,13 +108,15 @@ class TrainingArguments:
 
     checkpoint_dir: Path
     """Base model, a Hugging Face directory."""
-    data_dir: Path
-    """Token store of the domain, made by scripts/prepare_corpus.py."""
+    data_dir: str
+    """Token store of the domain, made by scripts/prepare_corpus.py, or directory or URL of a stream of it, made by
+    scripts/stream_corpus.py."""
     out_dir: Path
     """Where the run is written."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
     probe_file: Path | None = None
     """Questions (JSONL) to ask before, during and after training."""
     tracker: str | list[str] = "csv"
@@ -136,18 +148,24 @@ class LossOfBatch(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_ids: Tensor, targets: Tensor
+    ) -> Tensor:
         """Summed cross-entropy of the targets, fp32 scalar; arguments are the fields of `data.packing.Batch`."""
         hidden = self.model.model(input_ids, position_ids, document_ids)
-        return linear_cross_entropy(hidden, self.model.lm_head.weight, labels, reduction="sum")
+        return head_loss(self.model.lm_head, hidden, labels, reduction="sum", targets=targets)
+
+    def run_inside(self, function: Callable[[], dict]) -> dict:
+        """Call a function; under FSDP2 this counts as a forward pass (`parallel.run_inside`)."""
+        return function()
 
 
 @dataclass
 class Corpus:
     """What a run trains on and is measured by."""
 
-    windows: TrainingWindows
-    held_out: TrainingWindows
+    windows: TrainingWindows | StreamedWindows
+    held_out: TrainingWindows | StreamedWindows
     general: TrainingWindows | None
     probes: list[dict]
 
@@ -156,23 +174,25 @@ class Corpus:
         """Open the stores that the arguments name and check that they fit the tokenizer."""
         train, replay = arguments.train, arguments.replay
 
-        def open_store(data_dir: Path, split: str) -> TokenStore:
-            return TokenStore.open(data_dir, split, tokenizer_sha256=tokenizer.sha256)
+        def open_windows(data_dir: Path | str, split: str, **options: Any) -> TrainingWindows | StreamedWindows:
+            if is_stream(data_dir):
+                return StreamedWindows(str(data_dir), split, train.sequence_length, tokenizer.sha256, **options)
+            return TrainingWindows(open_store(data_dir, split), train.sequence_length, **options)
 
-        def unshuffled(data_dir: Path) -> TrainingWindows:
-            return TrainingWindows(open_store(data_dir, "val"), train.sequence_length, seed=0, shuffle=False)
+        def open_store(data_dir: Path | str, split: str) -> TokenStore:
+            return TokenStore.open(data_dir, split, tokenizer_sha256=tokenizer.sha256)
 
         replay_store = open_store(replay.data_dir, "train") if replay.data_dir and replay.ratio else None
         return cls(
-            windows=TrainingWindows(
-                open_store(arguments.data_dir, "train"),
-                train.sequence_length,
+            windows=open_windows(
+                arguments.data_dir,
+                "train",
                 seed=train.seed,
                 replay=replay_store,
                 replay_ratio=replay.ratio if replay_store else 0.0,
             ),
-            held_out=unshuffled(arguments.data_dir),
-            general=unshuffled(replay.data_dir) if replay.data_dir else None,
+            held_out=open_windows(arguments.data_dir, "val", seed=0, shuffle=False),
+            general=open_windows(replay.data_dir, "val", seed=0, shuffle=False) if replay.data_dir else None,
             probes=read_questions(arguments.probe_file, need_answers=False) if arguments.probe_file else [],
         )
 
@@ -184,14 +204,27 @@ def start_fabric(arguments: TrainingArguments) -> Fabric:
     """
     if arguments.strategy != "auto" and arguments.devices * arguments.nodes == 1:
         progress(f"note: strategy {arguments.strategy} has no effect on one device")
+    if arguments.strategy not in ("auto", "ddp", "fsdp"):
+        raise InputError(f"--strategy {arguments.strategy} is not one of auto, ddp, fsdp")
+    world_size = arguments.devices * arguments.nodes
+    started = int(os.environ.get("WORLD_SIZE", world_size))  # by torchrun, or by Fabric in the processes that it starts
+    if started != world_size:
+        raise InputError(
+            f"{started} processes were started, but --devices {arguments.devices} and --nodes {arguments.nodes} mean"
+            f" {world_size}; make them agree"
+        )
+    strategy = arguments.strategy if world_size > 1 else "auto"
     fabric = Fabric(
         accelerator=arguments.accelerator,
         devices=arguments.devices,
         num_nodes=arguments.nodes,
-        strategy=arguments.strategy if arguments.devices * arguments.nodes > 1 else "auto",
+        strategy=sharded_strategy(world_size) if strategy == "fsdp" else strategy,
     )
     fabric.launch()
-    fabric.seed_everything(arguments.train.seed + fabric.global_rank, verbose=False)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
+    # The same in all processes, which must begin with the same adapter; `train` lets them differ for dropout.
+    fabric.seed_everything(arguments.train.seed, verbose=False)
     return fabric
 
 
@@ -217,23 +250,36 @@ def train(
     config = arguments.train
     total_steps, last_window = _planned_steps(corpus.windows, config)
     local_batch = _local_batch(config, fabric.world_size)
-    files = RunFiles(arguments, fabric, save)
-    step_module = fabric.setup_module(LossOfBatch(model)).train()
-    optimizer = Optimizer(model, config.weight_decay, (config.beta1, config.beta2))
+    files = RunFiles(arguments, fabric, model, save)
+    apply_activation_config(model, arguments.activations, fabric.device, config.compile)
+    loss_of_batch = LossOfBatch(model)
+    step_module = fabric.setup_module(loss_of_batch).train()
+    if fabric.global_rank:
+        torch.manual_seed(config.seed + fabric.global_rank)
+    betas = (config.beta1, config.beta2)
+    optimizer = Optimizer(model, config.weight_decay, betas, config.optimizer, learning_rate_factors(model))
     style = arguments.eval.probe_style or detect_style(arguments.checkpoint_dir)
     flops_per_token = training_flops_per_token(model)
     machine_flops = peak_flops(fabric.device, arguments.dtype) * fabric.world_size
     state = files.resume(optimizer) if arguments.resume else RunState()
-    if state.step >= total_steps:
-        progress(f"{arguments.out_dir}: all {total_steps} steps are done already")
-        return files.report(optimizer, corpus, state, "finished", model.config.num_parameters)
+    enough = config.patience is not None and state.evaluations_without_gain >= config.patience
+    stopped_early = state.step > 0 and enough
+    if state.step >= total_steps or stopped_early:
+        progress(f"{arguments.out_dir}: training is done already, after step {state.step}")
+        status = "stopped early" if stopped_early else "finished"
+        return files.report(optimizer, corpus, state, status, model.config.num_parameters)
     files.announce(optimizer, corpus, total_steps, state)
+
+    def measure() -> dict[str, Any]:
+        metrics = _held_out_metrics(fabric, model, corpus, arguments.eval)
+        return {"metrics": metrics, "answers": _ask_probes(model, tokenizer, corpus.probes, style, arguments.eval)}
 
     def evaluate() -> None:
         """Measure and record; after the first step also keep the best adapter and a resumable state."""
+        nonlocal mark
         start = time.perf_counter()
-        metrics = _held_out_metrics(model, corpus, arguments.eval)
-        answers = _ask_probes(model, tokenizer, corpus.probes, style, arguments.eval)
+        measured = run_inside(loss_of_batch, measure)
+        metrics, answers = measured["metrics"], measured["answers"]
         scored = [answer["correct"] for answer in answers if "correct" in answer]
         if scored:
             metrics["probe_accuracy"] = sum(scored) / len(scored)
@@ -242,118 +288,180 @@ def train(
         files.record_evaluation(metrics, answers, state)
         if state.step == 0:
             state.first_metrics = metrics
+            mark = time.perf_counter()
             return
         is_best = state.best_val_loss is None or metrics["val_loss"] < state.best_val_loss
         if is_best:
             state.best_val_loss, state.best_step = metrics["val_loss"], state.step
         state.evaluations_without_gain = 0 if is_best else state.evaluations_without_gain + 1
-        files.save(optimizer, state, is_best)
+        files.save(optimizer, state)
+        mark = time.perf_counter()
+
+    def prepare(step: int) -> GlobalBatch:
+        """This device's part of the global batch of a step, on its way to the device."""
+        first = step * config.global_batch_size + fabric.global_rank * local_batch
+        indices = [i for i in range(first, first + local_batch) if i < last_window]
+        return _prepare(fabric, corpus.windows, indices, config, bool(signals))
+
+    def settle(step: StepUnderWay) -> bool:
+        """Wait for a step's figures and record them; returns whether a process was told to stop when it was prepared.
+
+        `state` describes the last settled step; the device may already compute the one after it.
+        """
+        nonlocal mark
+        total, gradient_norm, targets, tokens, stopping = step.figures.read()
+        loss = total / max(1, targets)
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            files.save(optimizer, state)
+            files.finish("failed")
+            raise RunError(
+                f"loss {loss:.4g} with gradient norm {gradient_norm:.4g} at step {state.step + 1}: training"
+                f" stopped, the state after step {state.step} is kept in {arguments.out_dir}; lower"
+                " train.learning_rate or set train.gradient_clip, then resume or start again"
+            )
+        now = time.perf_counter()
+        seconds, mark = now - mark, now
+        state.step += 1
+        state.tokens += int(tokens)
+        state.training_seconds += seconds
+        files.record_step(
+            {
+                "epoch": state.step * config.global_batch_size / corpus.windows.windows_per_epoch,
+                "tokens": state.tokens,
+                "learning_rate": step.learning_rate,
+                "train_loss": loss,
+                "gradient_norm": gradient_norm,
+                "tokens_per_second": tokens / seconds,
+                "mfu": flops_per_token * tokens / seconds / machine_flops,
+                "memory_gb": peak_memory_gb(fabric.device),
+                "seconds": state.training_seconds + state.evaluation_seconds,
+            },
+            state,
+            total_steps,
+        )
+        return stopping > 0
 
     status = "finished"
-    with _stop_on_signal() as signals:
+    launched = state.step  # steps handed to the device
+    under_way: list[StepUnderWay] = []
+    # A CUDA device is given the next step before it has finished this one; others finish a step in the call.
+    ahead = 1 if fabric.device.type == "cuda" else 0
+    failed = torch.zeros((), device=fabric.device)
+    mark = time.perf_counter()  # since when time counts as training
+    with _stop_on_signal() as signals, files.full_disk_explained(), _out_of_memory_explained(model, arguments, fabric):
         if state.step == 0:
             evaluate()
-        while state.step < total_steps:
-            start = time.perf_counter()
-            first = state.step * config.global_batch_size + fabric.global_rank * local_batch
-            indices = [i for i in range(first, first + local_batch) if i < last_window]
-            loss, targets, tokens = _accumulate(fabric, step_module, optimizer, corpus.windows, indices, config)
-            gradient_norm = optimizer.clip_gradients(config.gradient_clip)
-            if not (math.isfinite(loss) and torch.isfinite(gradient_norm)):
-                files.save(optimizer, state, is_best=False)
-                files.finish("failed")
-                raise RunError(
-                    f"loss {loss:.4g} with gradient norm {gradient_norm.item():.4g} at step {state.step + 1}: training"
-                    f" stopped, the state after step {state.step} is kept in {arguments.out_dir}; lower"
-                    " train.learning_rate or set train.gradient_clip, then resume or start again"
-                )
+        batch = prepare(launched)
+        while launched < total_steps:
             learning_rate = learning_rate_at(
-                state.step, total_steps, config.warmup_steps, config.learning_rate, config.final_learning_rate
+                launched, total_steps, config.warmup_steps, config.learning_rate, config.final_learning_rate
             )
-            optimizer.step(learning_rate)
-            seconds = time.perf_counter() - start
-            state.step += 1
-            state.tokens += tokens
-            state.training_seconds += seconds
-            files.record_step(
-                {
-                    "epoch": state.step * config.global_batch_size / corpus.windows.windows_per_epoch,
-                    "tokens": state.tokens,
-                    "learning_rate": learning_rate,
-                    "train_loss": loss,
-                    "gradient_norm": gradient_norm.item(),
-                    "tokens_per_second": tokens / seconds,
-                    "mfu": flops_per_token * tokens / seconds / machine_flops,
-                    "memory_gb": peak_memory_gb(fabric.device),
-                    "seconds": state.training_seconds + state.evaluation_seconds,
-                },
-                state,
-                total_steps,
+            under_way.append(
+                _take_step(fabric, step_module, optimizer, batch, learning_rate, config.gradient_clip, failed)
             )
-            stopping = any(_gather_flag(fabric, bool(signals)))
-            if state.step % arguments.eval.interval == 0 or state.step == total_steps:
+            launched += 1
+            if launched < total_steps:
+                batch = prepare(launched)  # while the device computes
+            evaluating = launched % arguments.eval.interval == 0 or launched == total_steps
+            # Several processes must leave together: they go by what was summed with the counts of a step.
+            stopping = fabric.world_size == 1 and bool(signals)
+            while len(under_way) > (0 if evaluating or stopping else ahead):
+                stopping |= settle(under_way.pop(0))
+            if evaluating:
                 evaluate()
                 if config.patience is not None and state.evaluations_without_gain >= config.patience:
                     status = "stopped early"
                     break
-            if stopping and state.step < total_steps:
-                files.save(optimizer, state, is_best=False)
+            if stopping and launched < total_steps:
+                files.save(optimizer, state)
                 files.finish("interrupted")
-                progress(f"stopped after step {state.step}; continue with the same command and --resume true")
+                if fabric.is_global_zero:
+                    progress(f"stopped after step {state.step}; continue with the same command and --resume true")
                 raise SystemExit(128 + signals[0] if signals else 1)
     report = files.report(optimizer, corpus, state, status, model.config.num_parameters)
     files.finish("finished")
     return report
 
 
-def _accumulate(
+class GlobalBatch(NamedTuple):
+    """One device's part of the windows of an optimizer step, on that device."""
+
+    micro_batches: list[Batch]
+    counts: Tensor
+    """fp32 (3,), over all devices: target tokens, input tokens, processes that were told to stop."""
+
+
+class StepUnderWay(NamedTuple):
+    """A step that the device has not necessarily finished."""
+
+    figures: ReadLater
+    """Over all devices: summed loss, gradient norm, target tokens, input tokens, processes told to stop."""
+    learning_rate: float
+
+
+def _prepare(
+    fabric: Fabric, windows: TrainingWindows, indices: list[int], config: TrainConfig, told_to_stop: bool
+) -> GlobalBatch:
+    """Micro-batches of these windows; all of one shape where layers are compiled, which is done for each shape."""
+    own, micro_batch_size = [windows[i] for i in indices], config.micro_batch_size
+    # The last step of an epoch may leave a device without a window; it still joins the others' sums.
+    missing = 0 if own else 1
+    if config.compile:
+        missing = -len(own) % micro_batch_size or micro_batch_size * missing
+    filled = own + [without_targets(own[0] if own else windows[0])] * missing
+    batches = [collate(filled[i : i + micro_batch_size]) for i in range(0, len(filled), micro_batch_size)]
+    targets = sum(len(batch.targets) for batch in batches)
+    counts = torch.tensor([targets, sum(len(window.input_ids) for window in own), told_to_stop], dtype=torch.float32)
+    return GlobalBatch(
+        [Batch(*(to_device(tensor, fabric.device) for tensor in batch)) for batch in batches],
+        sum_over_processes(to_device(counts, fabric.device), fabric.world_size),
+    )
+
+
+def _take_step(
     fabric: Fabric,
     step_module: nn.Module,
     optimizer: Optimizer,
-    windows: TrainingWindows,
-    indices: list[int],
-    config: TrainConfig,
-) -> tuple[float, int, int]:
-    """Gradients of one global batch, micro-batch by micro-batch.
+    batch: GlobalBatch,
+    learning_rate: float,
+    gradient_clip: float,
+    failed: Tensor,
+) -> StepUnderWay:
+    """Hand one optimizer step to the device, micro-batch by micro-batch, and wait for nothing.
 
     The loss is the mean over target tokens of the whole global batch on all devices, not a mean of means: each
     micro-batch adds its sum divided by that global count.
 
-    Returns:
-        (mean loss, target tokens, input tokens), over all devices.
+    Args:
+        failed: fp32 scalar on the device, set to 1 when loss or gradients are not finite. From then on no step changes
+            parameters or moments: the loop learns of it one step late.
     """
-    own = [windows[i] for i in indices]
-    batches = [collate(own[i : i + config.micro_batch_size]) for i in range(0, len(own), config.micro_batch_size)]
-    if not batches:  # the last step of an epoch may leave a device without a window; it still joins the others' sums
-        empty = windows[0]
-        batches = [collate([empty._replace(labels=torch.full((len(empty.labels),), IGNORE_INDEX).numpy())])]
-    counts = torch.tensor(
-        [sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches), sum(len(w.input_ids) for w in own)],
-        dtype=torch.int64,
-        device=fabric.device,
-    )
-    targets, tokens = fabric.all_reduce(counts, reduce_op="sum").tolist()
+    # Data-parallel wrappers average gradients over devices; the sum is wanted.
+    scale = fabric.world_size / batch.counts[0].clamp(min=1)
     total = torch.zeros((), device=fabric.device)
-    for number, batch in enumerate(batches):
+    for number, micro_batch in enumerate(batch.micro_batches):
         # Masters collect after every micro-batch, so there each one must be summed over the devices by itself.
-        accumulating = number < len(batches) - 1 and not optimizer.has_masters
+        accumulating = number < len(batch.micro_batches) - 1 and not optimizer.has_masters
         with fabric.no_backward_sync(step_module, enabled=accumulating and fabric.world_size > 1):
-            loss = step_module(*(tensor.to(fabric.device, non_blocking=True) for tensor in batch))
-            # Data-parallel wrappers average gradients over devices; the sum is wanted.
-            fabric.backward(loss * (fabric.world_size / max(1, targets)))
+            loss = step_module(*micro_batch)
+            fabric.backward(loss * scale)
         optimizer.collect_gradients()
         total += loss.detach()
-    total = fabric.all_reduce(total, reduce_op="sum")
-    return total.item() / max(1, targets), targets, tokens
+    total = sum_over_processes(total, fabric.world_size)
+    gradient_norm = full_tensor(optimizer.clip_gradients(gradient_clip))
+    failed.clamp_(min=(~(total.isfinite() & gradient_norm.isfinite())).to(failed.dtype))
+    optimizer.step(learning_rate, skip=failed)
+    return StepUnderWay(ReadLater(torch.cat((torch.stack((total, gradient_norm)), batch.counts))), learning_rate)
 
 
-def _held_out_metrics(model: Llama, corpus: Corpus, config: EvalConfig) -> dict[str, float]:
-    result = evaluate_loss(model, corpus.held_out, config.batch_size, config.max_windows)
+def _held_out_metrics(fabric: Fabric, model: Llama, corpus: Corpus, config: EvalConfig) -> dict[str, float]:
+    result = evaluate_loss(model, corpus.held_out, config.batch_size, config.max_windows, fabric=fabric)
     metrics = {"val_loss": result.loss}
     if result.bits_per_byte is not None:
         metrics["val_bits_per_byte"] = result.bits_per_byte
     if corpus.general is not None:
-        metrics["general_loss"] = evaluate_loss(model, corpus.general, config.batch_size, config.max_windows).loss
+        general = evaluate_loss(model, corpus.general, config.batch_size, config.max_windows, fabric=fabric)
+        metrics["general_loss"] = general.loss
     return metrics
 
 
@@ -412,11 +520,40 @@ def _local_batch(config: TrainConfig, world_size: int) -> int:
     return config.global_batch_size // world_size
 
 
-def _gather_flag(fabric: Fabric, flag: bool) -> list[bool]:
-    """The flag of every process, so that all of them leave the loop together."""
-    if fabric.world_size == 1:
-        return [flag]
-    return fabric.all_gather(torch.tensor(flag, device=fabric.device)).flatten().tolist()
+@contextmanager
+def _out_of_memory_explained(model: Llama, arguments: TrainingArguments, fabric: Fabric) -> Iterator[None]:
+    """Answer an out-of-memory error with settings that need less, by the estimate of `memory_estimate.py`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        train = arguments.train
+        setup = TrainingSetup(
+            model.lora_config if getattr(model, "lora_config", None) else None,
+            getattr(arguments, "quantize", None),
+            getattr(arguments, "embeddings", None),
+            train.optimizer,
+            arguments.activations,
+            train.micro_batch_size,
+            train.sequence_length,
+            arguments.dtype,
+            fabric.device.type,
+        )
+        needed = peak(model.config, setup)
+        budget = 0.9 * needed
+        if fabric.device.type == "cuda":
+            budget = min(budget, 0.95 * torch.cuda.get_device_properties(fabric.device).total_memory)
+        lighter = next(fitting_setups(model.config, setup, int(budget)), None)
+        advice = "take a smaller model or a larger card"
+        if lighter is not None:
+            changed = " ".join(lighter.differences(setup))
+            again = "go on with --resume true" if lighter.resumes(setup) else "start again"
+            advice = f"{again} and {changed} (about {peak(model.config, lighter) / 1e9:.1f} GB)"
+        raise RunError(
+            f"out of memory on {fabric.device} at about {needed / 1e9:.1f} GB ({str(error).splitlines()[0][:120]}):"
+            f" {advice}; scripts/estimate_memory.py shows more"
+        ) from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.command_line import run
+from lit_llama.parallel import loading_device
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, TrainConfig, TrainingArguments, start_fabric, train
 
@@ -23,7 +24,7 @@ def main(arguments: Arguments) -> None:
     fabric = start_fabric(arguments)
     tokenizer = Tokenizer.from_checkpoint(arguments.checkpoint_dir)
     corpus = Corpus.open(arguments, tokenizer)
-    model = load_model(arguments.checkpoint_dir, arguments.dtype, fabric.device)
+    model = load_model(arguments.checkpoint_dir, arguments.dtype, loading_device(fabric))
     model.requires_grad_(True)
     train(
         fabric,

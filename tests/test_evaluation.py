@@ -121,7 +121,7 @@ def test_a_part_of_the_windows_is_spread_over_the_store(model: Llama, tmp_path: 
     read = []
 
     class Recording:
-        store, windows_per_epoch = windows.store, windows.windows_per_epoch
+        windows_per_epoch, bytes_per_target = windows.windows_per_epoch, windows.bytes_per_target
 
         def __getitem__(self, index: int) -> object:
             read.append(index)

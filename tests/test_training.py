@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     )
     with pytest.raises(RunError, match=r"step \d+: training stopped, the state after step \d+ is kept"):
         train_adapter(arguments)
-    state = load_file(tmp_path / "state/state.safetensors")
+    state = load_file(*(tmp_path / "state").glob("step-*.safetensors"))
     assert all(torch.isfinite(t).all() for name, t in state.items() if name.startswith("parameter."))
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -300,7 +300,7 @@ def test_command_with_everything_on(tiny_checkpoint: Path, stores: dict[str, Pat
     process = run_script(
         "pretrain/lora.py", "--checkpoint_dir", tiny_checkpoint, "--data_dir", stores["domain"],
         "--out_dir", tmp_path / "a",
-        "--lora.targets", "[q_proj, v_proj]", "--lora.rank_per_target", '{"q_proj": 2}', "--lora.dropout", 0.1,
+        "--lora.targets", "[q_proj, v_proj]", "--lora.rank_pattern", '{"q_proj": 2}', "--lora.dropout", 0.1,
         "--train.max_steps", 3, "--train.sequence_length", 32, "--replay.data_dir", stores["general"],
         "--probe_file", stores["probes"], "--quantize", "nf4", "--tracker", "[csv, tensorboard, neptune]",
     )  # fmt: skip

@@ -9,17 +9,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from lit_llama.data.packing import TrainingWindows, collate
+from lit_llama.data.streaming import StreamedWindows
 from lit_llama.data.token_store import TokenStore, token_dtype
 from lit_llama.errors import InputError
 from lit_llama.generation import evaluating
-from lit_llama.loss import IGNORE_INDEX, linear_cross_entropy
+from lit_llama.loss import head_loss
 from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,11 @@ class LossResult:
 @torch.no_grad()
 def evaluate_loss(
     model: Llama,
-    windows: TrainingWindows,
+    windows: TrainingWindows | StreamedWindows,
     batch_size: int = 8,
     max_windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    fabric: "Fabric | None" = None,
 ) -> LossResult:
     """Score one epoch of windows, in eval mode; every module's mode is put back.
 
@@ -52,32 +58,35 @@ def evaluate_loss(
         max_windows: score only so many, spread evenly over the store; bits per byte are then an estimate with the whole
             store's bytes a token. None: all.
         progress: called with (windows done, windows in all) after every batch.
+        fabric: its processes share the batches, and all get the figure that one process would.
     """
     available = windows.windows_per_epoch
     count = min(available, max_windows or available)
     chosen = [i * available // count for i in range(count)]
-    device = model.lm_head.weight.device
+    rank, world_size = (fabric.global_rank, fabric.world_size) if fabric is not None else (0, 1)
+    device = model.model.norm.weight.device
     total, tokens = 0.0, 0
     with evaluating(model):
-        for start in range(0, count, batch_size):
-            batch = collate([windows[i] for i in chosen[start : start + batch_size]])
-            tokens += int((batch.labels != IGNORE_INDEX).sum())
-            input_ids, labels, position_ids, document_ids = (field.to(device) for field in batch)
+        for start in range(0, count, batch_size * world_size):
+            own = start + rank * batch_size
+            batch = collate([windows[i] for i in chosen[own : own + batch_size] or chosen[:1]])
+            if own >= count:  # takes part in what the processes do together, and adds nothing
+                batch = batch._replace(targets=batch.targets[:0])
+            tokens += len(batch.targets)
+            input_ids, labels, position_ids, document_ids, targets = (field.to(device) for field in batch)
             hidden = model.model(input_ids, position_ids, document_ids)
-            total += linear_cross_entropy(hidden, model.lm_head.weight, labels, reduction="sum").item()
+            total += head_loss(model.lm_head, hidden, labels, reduction="sum", targets=targets).item()
             if progress is not None:
-                progress(min(start + batch_size, count), count)
+                progress(min(start + batch_size * world_size, count), count)
+    if world_size > 1:
+        sums = torch.tensor([total, tokens], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        total, tokens = sums.tolist()
     if not tokens:
-        raise InputError(f"{windows.store.data_dir}/{windows.store.split}: no target token in the windows to score")
+        raise InputError(f"{windows.name}: no target token in the windows to score")
     loss = total / tokens
-    return LossResult(loss, math.exp(min(loss, 700)), _bits_per_byte(loss, windows.store), tokens)
-
-
-def _bits_per_byte(loss: float, store: TokenStore) -> float | None:
-    if store.loss_mask is not None or not store.num_bytes:
-        return None
-    targets = int(np.maximum(np.diff(store.offsets) - 1, 0).sum())
-    return loss / math.log(2) * targets / store.num_bytes
+    bits_per_byte = None if windows.bytes_per_target is None else loss / math.log(2) / windows.bytes_per_target
+    return LossResult(loss, math.exp(min(loss, 700)), bits_per_byte, int(tokens))
 
 
 def store_of_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> TokenStore:
@@ -101,4 +110,4 @@ def store_of_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> Tok
         "splits": {"text": counts},
     }
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
-    return TokenStore(Path(name), "text", tokens, None, offsets, meta)
+    return TokenStore(Path(name), "text", tokens, None, offsets, groups=None, meta=meta)
