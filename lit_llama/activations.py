@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.functional import attention
 from lit_llama.lora_linear import LoRALinear
@@ -60,6 +61,8 @@ def apply_activation_config(
     """
     device = device or model.model.norm.weight.device
     offloading = config.offload and device.type == "cuda"
+    if config.offload and not offloading:
+        progress(f"note: activations.offload has no effect on {device.type}, only on CUDA")
     stream = torch.cuda.Stream(device) if offloading else None
     not_activations = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     checkpointed = set()
@@ -108,7 +111,7 @@ class _OffloadedTensors(torch.autograd.graph.saved_tensors_hooks):
 
         def pack(tensor: Tensor) -> Tensor | tuple[Tensor, torch.cuda.Event]:
             storage = tensor.untyped_storage().data_ptr()
-            if tensor.device != device or tensor.numel() < _SMALLEST_OFFLOADED or storage in not_activations:
+            if tensor.device.type != device.type or tensor.numel() < _SMALLEST_OFFLOADED or storage in not_activations:
                 return tensor
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if key not in moved:

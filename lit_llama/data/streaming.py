@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lit_llama.data.packing import IGNORE_INDEX, PADDING_DOCUMENT, TrainingWindows, Window
-from lit_llama.data.token_store import TokenStore, token_dtype
+from lit_llama.data.token_store import TokenStore, check_origin, token_dtype
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_directory
 
@@ -120,19 +120,12 @@ class StreamedWindows:
         if not 0 <= replay_ratio < 1:
             raise InputError(f"replay ratio {replay_ratio}: must be at least 0 and below 1 (0.1 = every tenth window)")
         record = _read_record(place)
-        tokenizer = record["tokenizer"]
-        if tokenizer_sha256 != tokenizer["sha256"]:
-            raise InputError(
-                f"{place} was tokenized by another tokenizer (SHA-256 {tokenizer['sha256']}, from"
-                f" {tokenizer['source']}) than the checkpoint's ({tokenizer_sha256}); prepare it with this one"
-            )
+        check_origin(place, record, split, tokenizer_sha256)
         if record["length"] != length:
             raise InputError(
                 f"{place} holds windows of {record['length']} tokens: pass --train.sequence_length {record['length']},"
                 f" or write a stream of {length} by scripts/stream_corpus.py"
             )
-        if split not in record["splits"]:
-            raise InputError(f"{place} has no split '{split}', only: {', '.join(record['splits'])}")
         counts = record["splits"][split]
         self.name = f"{place}/{split}"
         self.length, self.seed, self.shuffle = length, seed, shuffle

@@ -73,13 +73,7 @@ class TokenStore:
             raise InputError(
                 f"{meta_file}: format version {version}, this program reads {FORMAT_VERSION}; prepare it anew"
             )
-        if tokenizer_sha256 is not None and tokenizer_sha256 != meta["tokenizer"]["sha256"]:
-            raise InputError(
-                f"{data_dir} was tokenized by another tokenizer (SHA-256 {meta['tokenizer']['sha256']}, from "
-                f"{meta['tokenizer']['source']}) than the checkpoint's ({tokenizer_sha256}); prepare it with this one"
-            )
-        if split not in meta["splits"]:
-            raise InputError(f"{data_dir} has no split '{split}', only: {', '.join(meta['splits'])}")
+        check_origin(data_dir, meta, split, tokenizer_sha256)
         counts = meta["splits"][split]
 
         offsets_file = data_dir / split / "documents.npy"
@@ -109,6 +103,18 @@ class TokenStore:
             raise IndexError(f"document {index} of {self.num_documents}")
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.tokens[part], None if self.loss_mask is None else self.loss_mask[part]
+
+
+def check_origin(place: Path | str, meta: dict[str, Any], split: str, tokenizer_sha256: str | None) -> None:
+    """Raise InputError unless the record `meta` of prepared tokens has that split and, where given, that tokenizer."""
+    tokenizer = meta["tokenizer"]
+    if tokenizer_sha256 is not None and tokenizer_sha256 != tokenizer["sha256"]:
+        raise InputError(
+            f"{place} was tokenized by another tokenizer (SHA-256 {tokenizer['sha256']}, from {tokenizer['source']})"
+            f" than the checkpoint's ({tokenizer_sha256}); prepare it with this one"
+        )
+    if split not in meta["splits"]:
+        raise InputError(f"{place} has no split '{split}', only: {', '.join(meta['splits'])}")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
