@@ -9,26 +9,29 @@ head are trained as they are, where `modules_to_save` says so. Adapters are stor
 
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
+from lit_llama.adapter_files import PEFT_PREFIX, fill_parameters, read_adapter_state, write_adapter
 from lit_llama.errors import InputError
-from lit_llama.files import atomic_path, read_json, write_json
+from lit_llama.files import read_json
 from lit_llama.lora_linear import LoRALinear
+from lit_llama.prompt_tuning import load_prompt_tuning
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder layer, each a possible target."""
 
 _TARGETS = (*LINEAR_NAMES, "lm_head")
-_MODULES_TO_SAVE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
-_PEFT_PREFIX = "base_model.model."
+_TIED = ("embed_tokens", "lm_head")
+_SCORE = "score"
+"""The head of a classifier, as PEFT calls it; here it stands in the place of lm_head (`classification.py`)."""
+_MODULES_TO_SAVE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", _SCORE: "lm_head"}
 
 
 @dataclass
@@ -74,7 +77,7 @@ class LoRAConfig:
             raise InputError("lora.targets is empty: nothing would be trained")
         unknown = [name for name in self.modules_to_save if name not in _MODULES_TO_SAVE]
         if unknown:
-            raise InputError(f"lora.modules_to_save {unknown[0]!r} is neither of {', '.join(_MODULES_TO_SAVE)}")
+            raise InputError(f"lora.modules_to_save {unknown[0]!r} is none of {', '.join(_MODULES_TO_SAVE)}")
         if "lm_head" in self.targets and "lm_head" in self.modules_to_save:
             raise InputError("lm_head is in lora.targets and in lora.modules_to_save: name it in one of them")
         if "lm_head" in self.targets and (self.dora or self.init != "kaiming"):
@@ -108,20 +111,6 @@ class LoRAConfig:
         alpha, rank = self.alpha_pattern.get(_matching(self.alpha_pattern, name), self.alpha), self.rank(name)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
-    def as_saved(self) -> "LoRAConfig":
-        """The adapter as it is stored: PiSSA is an ordinary LoRA of twice the rank and the same scaling."""
-        if self.init == "kaiming":
-            return self
-        factor = math.sqrt(2) if self.rslora else 2
-        return replace(
-            self,
-            init="kaiming",
-            r=2 * self.r,
-            alpha=factor * self.alpha,
-            rank_pattern={pattern: 2 * rank for pattern, rank in self.rank_pattern.items()},
-            alpha_pattern={pattern: factor * alpha for pattern, alpha in self.alpha_pattern.items()},
-        )
-
 
 def _matching(patterns: dict[str, Any], name: str) -> str | None:
     """The first pattern that matches the end of `name`, as PEFT's rank_pattern does."""
@@ -137,13 +126,15 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> None:
     Raises:
         InputError: the model has an adapter already, no layer of that name, or a weight to be both trained and adapted.
     """
-    if any(True for _ in lora_layers(model)):
+    if any(True for _ in lora_layers(model)) or getattr(model, "prompt_tuning_config", None) is not None:
         raise InputError("the model carries an adapter already: merge it first")
     if config.modules_to_save and model.config.tie_word_embeddings and "lm_head" in config.targets:
         raise InputError(
             "this base ties lm_head to embed_tokens: train that weight (lora.modules_to_save) or adapt it (lm_head in"
             " lora.targets), not both"
         )
+    if _SCORE in config.modules_to_save and model.labels is None:
+        raise InputError("score is the head of a classifier, and this model has none: use generate/classify.py")
     missing = set(config.layers_to_transform or ()) - set(range(model.config.num_hidden_layers))
     if missing:
         raise InputError(
@@ -166,7 +157,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> None:
         wrapped = LoRALinear(
             linear,
             config.rank(name),
-            config.as_saved().scaling(name),
+            config.scaling(name),
             dropout=config.dropout if name != "lm_head" else 0.0,  # the loss through a head never makes its output
             dora=config.dora,
             init=config.init,
@@ -186,6 +177,32 @@ def _whole_weight(model: nn.Module, name: str) -> nn.Parameter:
             " of lora.modules_to_save"
         )
     return weight
+
+
+def stack_lora(model: nn.Module, config: LoRAConfig, adapter_dir: Path | str) -> None:
+    """Inject a new adapter on top of a stored one, which stays frozen; the two are saved as one, of the sum of ranks.
+
+    Raises:
+        InputError: the stored adapter adapts a layer that the new one does not, or is more than plain low-rank updates
+            (DoRA, modules trained as a whole); it can be merged or trained further, then.
+    """
+    below = read_adapter_config(adapter_dir)
+    instead = "merge it first (start_mode merge) or train it further (start_mode continue)"
+    if below.dora or below.modules_to_save or config.dora:
+        raise InputError(f"{adapter_dir}: DoRA and modules_to_save cannot be stacked: {instead}")
+    state = read_adapter_state(adapter_dir, model.fingerprint)
+    inject_lora(model, config)
+    layers = dict(lora_layers(model))
+    for key in [key for key in state if key.endswith(".lora_A.weight")]:
+        name = key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+        if name not in layers:
+            raise InputError(f"{adapter_dir} adapts {name}, which the new adapter does not: add it, or {instead}")
+        layer, other = layers[name], f"{PEFT_PREFIX}{name}.lora_B.weight"
+        lora_A, lora_B = state[key].float(), state[other].float()
+        if lora_A.shape[1] != layer.lora_A.shape[1] or lora_B.shape[0] != layer.lora_B.shape[0]:
+            raise InputError(f"{adapter_dir}: {name} has another shape in this base: it was made for another one")
+        device = layer.lora_A.device
+        layer.stack_on(lora_A.to(device), lora_B.to(device) * (below.scaling(name) / layer.scaling))
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -254,13 +271,13 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What was trained, under PEFT's names; a weight that embedding and head share is under both of theirs."""
     names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
     parameters = {
-        f"{_PEFT_PREFIX}{name}.{saved}": getattr(layer, own)
+        f"{PEFT_PREFIX}{name}.{saved}": getattr(layer, own)
         for name, layer in lora_layers(model)
         for own, saved in names.items()
         if getattr(layer, own) is not None
     }
     for name in _saved_modules(model):
-        parameters[f"{_PEFT_PREFIX}{_MODULES_TO_SAVE[name]}.weight"] = _whole_weight(model, name)
+        parameters[_saved_name(name)] = _whole_weight(model, name)
     return parameters
 
 
@@ -269,14 +286,38 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     state = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
     for name, layer in lora_layers(model):
         for side, factor in zip("AB", layer.factors(), strict=True):
-            state[f"{_PEFT_PREFIX}{name}.lora_{side}.weight"] = factor.detach()
+            state[f"{PEFT_PREFIX}{name}.lora_{side}.weight"] = factor.detach()
     return state
 
 
 def _saved_modules(model: nn.Module) -> list[str]:
     """Names of the modules trained as a whole; of embedding and head that share a weight, both."""
     named = model.lora_config.modules_to_save
-    return list(_MODULES_TO_SAVE) if named and model.config.tie_word_embeddings else sorted(named)
+    return list(_TIED) if named and model.config.tie_word_embeddings else sorted(named)
+
+
+def _saved_name(name: str) -> str:
+    """Under which name the weight of a module that is trained as a whole is stored."""
+    return f"{PEFT_PREFIX}{name if name == _SCORE else _MODULES_TO_SAVE[name]}.weight"
+
+
+def saved_config(model: nn.Module) -> LoRAConfig:
+    """The adapter as it is stored: an ordinary one, of a higher rank where a layer has frozen factors too."""
+    config: LoRAConfig = model.lora_config
+    layers = dict(lora_layers(model))
+    if all(layer.lora_A_frozen is None for layer in layers.values()):
+        return config
+    ranks = {name: len(layer.factors()[0]) for name, layer in layers.items()}
+    alphas = {name: layers[name].scaling * (rank**0.5 if config.rslora else rank) for name, rank in ranks.items()}
+    r, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
+    return replace(
+        config,
+        init="kaiming",
+        r=r,
+        alpha=alpha,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+    )
 
 
 def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | None = None) -> None:
@@ -286,13 +327,11 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
         base_model: path or name of the base, for PEFT's record. The base's fingerprint is kept beside the tensors, so
             that the adapter is not put on another base by mistake.
     """
-    adapter_dir = Path(adapter_dir)
-    adapter_dir.mkdir(parents=True, exist_ok=True)
-    config: LoRAConfig = model.lora_config.as_saved()
+    config = saved_config(model)
     saved_modules = _saved_modules(model)
     description = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if _SCORE in saved_modules else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": config.r,
         "lora_alpha": config.alpha,
@@ -310,13 +349,7 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
         "modules_to_save": saved_modules or None,
         "ensure_weight_tying": bool(saved_modules) and model.config.tie_word_embeddings,
     }
-    # One key at most: safetensors writes several in random order, and equal adapters shall be equal files.
-    metadata = {"base_fingerprint": model.fingerprint} if model.fingerprint else None
-    # Copies, because safetensors takes no two tensors that share memory, as a tied embedding and head do.
-    state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in adapter_state(model).items()}
-    with atomic_path(adapter_dir / "adapter_model.safetensors") as temporary:
-        save_file(state, temporary, metadata=metadata)
-    write_json(adapter_dir / "adapter_config.json", description)
+    write_adapter(adapter_dir, description, adapter_state(model), model.fingerprint)
 
 
 def read_adapter_config(adapter_dir: Path | str) -> LoRAConfig:
@@ -370,7 +403,7 @@ def read_adapter_config(adapter_dir: Path | str) -> LoRAConfig:
 
 
 def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
-    """Inject the adapter of a PEFT directory into the model and load its weights.
+    """Inject the adapter of a PEFT directory, of any kind, into the model and load its weights.
 
     An embedding or a head that the adapter brings replaces the model's. If the base ties the two and the adapter has
     only one of them, or both and different, they are untied: `model.config.tie_word_embeddings` becomes false.
@@ -379,45 +412,25 @@ def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
         InputError: no such adapter, an unsupported kind, tensors that do not fit the model, or a base other than the
             one it was trained on.
     """
-    path = Path(adapter_dir) / "adapter_model.safetensors"
+    if read_json(Path(adapter_dir) / "adapter_config.json").get("peft_type") != "LORA":
+        load_prompt_tuning(model, adapter_dir)
+        return
     config = read_adapter_config(adapter_dir)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        state = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            trained_on = (file.metadata() or {}).get("base_fingerprint")
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); was the copy cut short?") from None
-    if trained_on and model.fingerprint and trained_on != model.fingerprint:
-        raise InputError(
-            f"{adapter_dir} was trained on another base (fingerprint {trained_on[:12]}) than the one loaded"
-            f" ({model.fingerprint[:12]}); load the base it was trained on"
-        )
-    frozen = state.pop(f"{_PEFT_PREFIX}lm_head.base_layer.weight", None)  # PEFT adds it when the head is adapted
+    state = read_adapter_state(adapter_dir, model.fingerprint)
+    frozen = state.pop(f"{PEFT_PREFIX}lm_head.base_layer.weight", None)  # PEFT adds it when the head is adapted
     if frozen is not None and isinstance(model.lm_head, nn.Linear):
         weight = model.lm_head.weight.detach().cpu()
         if frozen.shape != weight.shape or not torch.allclose(frozen.float(), weight.float(), rtol=2**-7, atol=1e-6):
             raise InputError(
-                f"{path}: its lm_head.base_layer is not the head of this base: it was made for another one"
+                f"{adapter_dir}: its lm_head.base_layer is not the head of this base: it was made for another one"
             )
-    brought = [state.get(f"{_PEFT_PREFIX}{name}.weight") for name in _MODULES_TO_SAVE.values()]
+    brought = [state.get(_saved_name(name)) for name in _TIED]
     if config.modules_to_save and model.config.tie_word_embeddings:
         for name in config.modules_to_save:
             _whole_weight(model, name)
         if any(tensor is None for tensor in brought) or not torch.equal(*brought):
             _untie_head(model)
         else:
-            config.modules_to_save = list(_MODULES_TO_SAVE)
+            config.modules_to_save = list(_TIED)
     inject_lora(model, config)
-    own = adapter_parameters(model)
-    differing = sorted(own.keys() ^ state.keys())
-    if differing:
-        raise InputError(f"{path} does not fit the model: {differing[0]} is only in one of them")
-    for name, parameter in own.items():
-        if parameter.shape != state[name].shape:
-            raise InputError(
-                f"{path}: {name} has shape {tuple(state[name].shape)}, this base needs {tuple(parameter.shape)}:"
-                " the adapter was made for another base"
-            )
-        parameter.detach().copy_(state[name])
+    fill_parameters(adapter_parameters(model), state, adapter_dir)

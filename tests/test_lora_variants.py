@@ -215,7 +215,7 @@ def test_pissa_is_pefts(tiny_checkpoint: Path) -> None:
             parameter += step
             parameters[name] += step
             path, side = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
-            getattr(model.get_submodule(path), f"{side}_initial").mul_(signs)
+            getattr(model.get_submodule(path), f"{side}_frozen").mul_(signs)
     ours, expected = model(tokens()), theirs(tokens()).logits
     assert relative(expected, unadapted) > 1e-2
     assert relative(ours, expected) < 1e-5
