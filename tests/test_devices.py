@@ -6,7 +6,7 @@ from test_activations import batch, loss_and_gradients, small_model, unoptimized
 from torch import Tensor, nn
 
 from lit_llama.activations import ActivationConfig, apply_activation_config
-from lit_llama.data.packing import IGNORE_INDEX
+from lit_llama.data.layouts import IGNORE_INDEX
 from lit_llama.loss import head_loss
 from lit_llama.model import Llama
 from lit_llama.optimizer import Optimizer

@@ -14,7 +14,8 @@ from conftest import ROOT, run_script
 from distributed_worker import run_all
 from safetensors.torch import load_file
 
-from lit_llama.data.packing import IGNORE_INDEX, PADDING_DOCUMENT, TrainingWindows, Window
+from lit_llama.data.layouts import IGNORE_INDEX, PADDING_DOCUMENT, Window
+from lit_llama.data.packing import TrainingWindows
 from lit_llama.data.streaming import StreamedWindows, decode_window, encode_window, write_stream
 from lit_llama.data.token_store import TokenStore, TokenStoreWriter
 from lit_llama.errors import InputError

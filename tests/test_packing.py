@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_llama.data.packing import IGNORE_INDEX, TrainingWindows, collate
+from lit_llama.data.layouts import IGNORE_INDEX
+from lit_llama.data.packing import TrainingWindows, collate
 from lit_llama.data.token_store import TokenStore, TokenStoreWriter
 from lit_llama.errors import InputError
 

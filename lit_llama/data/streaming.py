@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_llama.data.packing import IGNORE_INDEX, PADDING_DOCUMENT, TrainingWindows, Window
+from lit_llama.data.layouts import IGNORE_INDEX, PADDING_DOCUMENT, Window
+from lit_llama.data.packing import TrainingWindows
 from lit_llama.data.token_store import TokenStore, check_origin, token_dtype
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_directory
