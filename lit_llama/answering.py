@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -39,10 +39,11 @@ class AnswerArguments(SamplingConfig):
     interactive: bool = False
     """Ask for prompts until Ctrl-D; each stands for itself."""
     style: str | None = None
-    """Prompt style: plain (go on with the text), alpaca, llama2, llama3, mistral, mistral-v3, tinyllama or chatml. By
-    default the one that the adapter was trained with, else that of the checkpoint's chat template."""
+    """Prompt style: plain (go on with the text), alpaca, llama2, llama3, mistral, mistral-v3, tinyllama, chatml, or
+    template (the checkpoint's own chat template). By default the one that the adapter was trained with, else what the
+    checkpoint's chat template is."""
     system: str | None = None
-    """System message."""
+    """System message; by default the one that the adapter was trained with. "" for none."""
     max_new_tokens: int | None = None
     """Longest answer; by default whatever the context leaves."""
     stop: str | list[str] = field(default_factory=list)
@@ -76,6 +77,8 @@ def answer_prompts(arguments: AnswerArguments, adapter_dir: Path | None = None) 
     style = arguments.style or adapter_style(adapter_dir) or detect_style(arguments.checkpoint_dir)
     if style not in STYLES:
         raise InputError(f"--style {style!r} is not one of {', '.join(STYLES)}")
+    if arguments.system is None:
+        arguments = replace(arguments, system=adapter_system(adapter_dir))
 
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
@@ -139,16 +142,25 @@ def _prompts_of(path: Path) -> list[str]:
 
 def adapter_style(adapter_dir: Path | None) -> str | None:
     """The prompt style that an adapter's run was configured with, if it was; see `lit_config.yaml` in its directory."""
+    settings = _run_settings(adapter_dir)
+    return settings.get("style") or (settings.get("eval") or {}).get("probe_style")
+
+
+def adapter_system(adapter_dir: Path | None) -> str | None:
+    """The system message that an adapter's run was configured with, if it was."""
+    return (_run_settings(adapter_dir).get("eval") or {}).get("probe_system")
+
+
+def _run_settings(adapter_dir: Path | None) -> dict[str, Any]:
     path = None if adapter_dir is None else Path(adapter_dir) / "lit_config.yaml"
     if path is None or not path.is_file():
-        return None
+        return {}
     import yaml
 
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError:
         raise InputError(f"{path}: not valid YAML; name the prompt style with --style") from None
-    return settings.get("style") or (settings.get("eval") or {}).get("probe_style")
 
 
 def bytes_per_step(model: Llama) -> int:

@@ -1,10 +1,13 @@
 """Prompt styles: how a conversation becomes ids, exact to the token of what each family of models was trained on.
 
-A style renders messages into segments: text, and control tokens. Control tokens enter the sequence as ids; text is
-encoded as text, so that nothing a user writes can open or close a turn. (Where a family spells its markers in plain
-text, as `[INST]` of Llama 2 or `<|user|>` of TinyLlama, the model itself cannot tell them from a user's.)
+A style renders messages into segments: text, answers, and control tokens. Control tokens enter the sequence as ids;
+text is encoded as text, so that nothing a user writes can open or close a turn. (Where a family spells its markers in
+plain text, as `[INST]` of Llama 2 or `<|user|>` of TinyLlama, the model itself cannot tell them from a user's.) An
+answer and the control token that directly follows it are what finetuning learns. Style "template" renders by the Jinja
+chat template that came with the checkpoint.
 
-Here: the styles and how to recognise them. How text becomes ids is in `lit_llama.tokenizer`; sampling is elsewhere.
+Here: the styles, how to recognise them, and writing one into a checkpoint. Jinja itself is in
+`lit_llama.chat_templates`; how text becomes ids is in `lit_llama.tokenizer`.
 
 Sources: the chat templates published with TinyLlama-1.1B-Chat-v1.0, SmolLM2-Instruct, Meta-Llama-3-8B-Instruct and
 Llama-2-7b-chat-hf; mistral-common's instruct tokenizers V1 and V3; tatsu-lab/stanford_alpaca.
@@ -15,11 +18,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_llama.chat_templates import (
+    ALPACA_HEADER,
+    ALPACA_HEADER_WITH_INPUT,
+    TEMPLATES,
+    render_template,
+    with_default_system,
+)
 from lit_llama.errors import InputError
+from lit_llama.files import atomic_file, read_json, write_json
 from lit_llama.tokenizer import Tokenizer, read_chat_template
 
 Message = Mapping[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": text}; a user turn of alpaca may have an "input"."""
+"""One turn: {"role": "system" | "user" | "assistant", "content": text}; a user turn may have an "input", which alpaca
+has a place for and other styles put below the content."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +41,17 @@ class Control:
     text: str
 
 
-Segment = str | Control
+class Answer(str):
+    """What the assistant says: learned, together with a control token that directly follows it."""
+
+
+Segment = str | Answer | Control
 
 BOS = Control("bos_token")
 EOS = Control("eos_token")
 
-ALPACA_HEADER = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-ALPACA_HEADER_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
+_PROBE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"})
+_PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def encode_prompt(tokenizer: Tokenizer, style: str, prompt: str, system: str | None = None) -> list[int]:
@@ -50,12 +61,21 @@ def encode_prompt(tokenizer: Tokenizer, style: str, prompt: str, system: str | N
         tokenizer: of the checkpoint.
         style: one of `STYLES`.
         prompt: what the user says.
-        system: the system message; None for the style's own default, which only ChatML models may have.
+        system: as in `with_system`.
     """
-    messages = [{"role": "user", "content": prompt}]
-    return encode_chat(
-        tokenizer, style, messages if system is None else [{"role": "system", "content": system}, *messages]
-    )
+    return encode_chat(tokenizer, style, with_system(tokenizer, style, [{"role": "user", "content": prompt}], system))
+
+
+def with_system(tokenizer: Tokenizer, style: str, messages: Sequence[Message], system: str | None) -> Sequence[Message]:
+    """The conversation with a system message in front, unless it has one.
+
+    Args:
+        system: None for the style's own default, which only ChatML models may have; "" for none at all.
+    """
+    if system is None or messages[0].get("role") == "system":
+        return messages
+    replaces_default = style in ("chatml", "template") and _default_system_message(tokenizer.chat_template) is not None
+    return [{"role": "system", "content": system}, *messages] if system or replaces_default else messages
 
 
 def encode_chat(
@@ -70,27 +90,64 @@ def encode_chat(
         add_generation_prompt: end with what opens the assistant's answer, in styles that have such an opening.
 
     Raises:
-        InputError: unknown style, malformed messages, or a tokenizer without the style's control tokens.
+        InputError: unknown style, malformed messages, a tokenizer without the style's control tokens, or messages that
+            the style or the checkpoint's template has no form for.
     """
+    return _encode(tokenizer, style, render(tokenizer, style, messages, add_generation_prompt))[0]
+
+
+def encode_example(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Ids of a conversation to learn from, and which of them are learned.
+
+    Before each learned answer stands exactly what `encode_chat` gives for the messages before it. Where the style
+    renders an earlier turn differently once others follow (mistral-v3 moves the system message to the last user turn),
+    the answers before that place are context and not learned.
+
+    Returns:
+        ids and mask, of one length; 1 in the mask for answers and the control tokens that end them.
+
+    Raises:
+        InputError: as `encode_chat`; a conversation without an answer, or one that the assistant begins; a chat
+            template whose generation prompt is not what it puts before an answer.
+    """
+    turns = [message["role"] for message in messages if message.get("role") != "system"]
+    if "assistant" not in turns:
+        raise InputError("no turn of the assistant: nothing to learn")
+    if turns[0] == "assistant":
+        raise InputError("the conversation starts with the assistant; a user's turn must come first")
+    ids, mask = _encode(tokenizer, style, render(tokenizer, style, messages, add_generation_prompt=False))
+    if not any(mask):
+        raise InputError(
+            "the checkpoint's chat template does not put its generation prompt before an answer, so that what is to be"
+            " learned cannot be told; name another prompt style"
+        )
+    return ids, mask
+
+
+def _encode(tokenizer: Tokenizer, style: str, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
+    mask: list[int] = []
     previous: Segment | None = None
-    for segment in render(tokenizer, style, messages, add_generation_prompt):
+    for segment in segments:
         if isinstance(segment, Control):
-            ids.append(_control_id(tokenizer, style, segment))
+            new = [_control_id(tokenizer, style, segment)]
         else:
             # Llama 2 and Mistral encoded each piece as a text of its own; elsewhere the tokenizer's file decides
             # whether SentencePiece's leading space comes after a control token too.
             spaced = style in ("llama2", "mistral", "mistral-v3") or tokenizer.spaces_segments
             continues = isinstance(previous, str) or (previous is not None and not spaced)
-            ids += tokenizer.encode(segment, continuation=continues)
+            new = tokenizer.encode(segment, continuation=continues)
+        ends_answer = isinstance(segment, Control) and isinstance(previous, Answer)
+        ids += new
+        mask += [int(isinstance(segment, Answer) or ends_answer)] * len(new)
         previous = segment
-    return ids
+    return ids, mask
 
 
 def render(
     tokenizer: Tokenizer, style: str, messages: Sequence[Message], add_generation_prompt: bool = True
 ) -> list[Segment]:
-    """The conversation as text and control tokens; arguments and errors as `encode_chat`."""
+    """The conversation as text, answers and control tokens; arguments and errors as `encode_chat`."""
     if style not in _RENDERERS:
         raise InputError(f"unknown prompt style {style!r}; choose one of {', '.join(STYLES)}")
     for number, message in enumerate(messages):
@@ -101,35 +158,93 @@ def render(
             )
         if role == "system" and number > 0:
             raise InputError(f"message {number}: a system message can only be the first")
-        if "input" in message and style != "alpaca":
-            raise InputError(f"message {number}: prompt style {style} has no place for an input; put it in the content")
     if not messages:
         raise InputError("a conversation needs at least one message")
+    if style != "alpaca":
+        messages = [{"role": message["role"], "content": content_with_input(message)} for message in messages]
     return list(_RENDERERS[style](tokenizer, messages, add_generation_prompt))
 
 
+def content_with_input(message: Message) -> str:
+    """What a turn says, with its input below."""
+    return "\n\n".join(text for text in (message["content"], message.get("input")) if text)
+
+
 def detect_style(checkpoint_dir: Path | str) -> str:
-    """The style of the checkpoint's chat template, "plain" when it has none.
+    """The style that encodes as the checkpoint's chat template does; "template" if none, "plain" if there is none.
 
     Raises:
-        InputError: there is a template, and it is none of the known ones.
+        InputError: there is a template and no tokenizer, or the template fails on the simplest conversation.
     """
-    template = read_chat_template(checkpoint_dir)
-    if template is None:
+    if read_chat_template(checkpoint_dir) is None:
         return "plain"
-    if "<|start_header_id|>" in template:
-        return "llama3"
-    if "<|im_start|>" in template:
-        return "chatml"
-    if "[INST]" in template:
-        if "<<SYS>>" in template:
-            return "llama2"
-        return "mistral-v3" if Tokenizer.from_checkpoint(checkpoint_dir).has_special("[INST]") else "mistral"
-    if "<|assistant|>" in template and "eos_token" in template:
-        return "tinyllama"
-    if "### Instruction" in template:
-        return "alpaca"
-    raise InputError(f"{checkpoint_dir}: unknown chat template; name the prompt style, one of {', '.join(STYLES)}")
+    tokenizer = Tokenizer.from_checkpoint(checkpoint_dir)
+    system = {"role": "system", "content": "Be kind."}
+    probes: list[list[Message]] = [[_PROBE[0]], [*_PROBE, _PROBE[0]], [system, *_PROBE, _PROBE[0]]]
+    expected = [_encoded_or_none(tokenizer, "template", probe) for probe in probes]
+    if expected[0] is None:
+        encode_chat(tokenizer, "template", probes[0])
+    for style in TEMPLATES:
+        found = [_encoded_or_none(tokenizer, style, probe) for probe in probes]
+        # Some templates refuse system messages, or more turns than one, that the style has a form for.
+        if all(ids in (other, None) for ids, other in zip(expected, found, strict=True)):
+            return style
+    return "template"
+
+
+def _encoded_or_none(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[int] | None:
+    try:
+        return encode_chat(tokenizer, style, messages)
+    except InputError:
+        return None
+
+
+def chat_template(tokenizer: Tokenizer, style: str, system: str | None = None) -> str:
+    """A Jinja chat template that renders as the style does, for transformers, vLLM and others.
+
+    Args:
+        tokenizer: of the checkpoint; whether it adds a BOS to text, and a ChatML model's default system message,
+            are its own.
+        style: one of `STYLES`.
+        system: the system message of conversations that have none; None: the style's own default.
+
+    Raises:
+        InputError: unknown style, or "template" where the checkpoint has none.
+    """
+    if style not in STYLES or (style == "template" and tokenizer.chat_template is None):
+        raise InputError(f"no chat template for prompt style {style!r}; choose one of {', '.join(TEMPLATES)}")
+    template = tokenizer.chat_template if style == "template" else TEMPLATES[style]
+    if style in ("plain", "alpaca") and not tokenizer.adds_bos:
+        template = template.replace("{{ bos_token }}", "")
+    if system:
+        return with_default_system(template, system)
+    default = _default_system_message(tokenizer.chat_template)
+    if style == "chatml" and default is not None:
+        message = f"{{{{ '<|im_start|>system\\n{default}<|im_end|>\\n' }}}}"
+        template = f"{{% if messages[0]['role'] != 'system' %}}{message}{{% endif %}}{template}"
+    return template
+
+
+def write_chat_template(checkpoint_dir: Path | str, style: str, system: str | None = None) -> None:
+    """Make a style the checkpoint's own, for whatever opens it: its chat template, and the token that ends an answer.
+
+    Writes chat_template.jinja, takes a template out of tokenizer_config.json, and adds the token to those that end
+    generation by generation_config.json. Arguments and errors as `chat_template`.
+    """
+    directory = Path(checkpoint_dir)
+    tokenizer = Tokenizer.from_checkpoint(directory)
+    ids, mask = encode_example(tokenizer, style, _PROBE)
+    end_id = next(token_id for token_id, learned in zip(reversed(ids), reversed(mask), strict=True) if learned)
+    with atomic_file(directory / "chat_template.jinja") as file:
+        file.write(chat_template(tokenizer, style, system))
+    settings_file, generation_file = directory / "tokenizer_config.json", directory / "generation_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else {}
+    if settings.pop("chat_template", None) is not None:
+        write_json(settings_file, settings)
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    known = generation.get("eos_token_id")
+    if tokenizer.special_text(end_id) and end_id not in (known if isinstance(known, list) else [known]):
+        write_json(generation_file, generation | {"eos_token_id": sorted({*tokenizer.stop_ids, end_id})})
 
 
 def stop_strings(style: str) -> list[str]:
@@ -140,9 +255,17 @@ def stop_strings(style: str) -> list[str]:
 
 
 def _plain(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[Segment]:
+    """Nothing is put around the texts: an answer follows its prompt as it stands."""
     if tokenizer.adds_bos:
         yield BOS
-    yield "\n\n".join(message["content"] for message in messages)
+    before = None
+    for message in messages:
+        if message["role"] == "assistant":
+            yield Answer(message["content"])
+            yield EOS
+        else:
+            yield message["content"] if before in (None, "assistant") else f"\n\n{message['content']}"
+        before = message["role"]
 
 
 def _alpaca(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[Segment]:
@@ -150,7 +273,7 @@ def _alpaca(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
     _require_alternation("alpaca", turns)
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            yield turn["content"]
+            yield Answer(turn["content"])
             yield EOS
             continue
         if number == 0:
@@ -167,7 +290,7 @@ def _llama2(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
     _require_alternation("llama2", turns)
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            yield f" {turn['content'].strip()} "
+            yield Answer(f" {turn['content'].strip()} ")
             yield EOS
             continue
         before = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if number == 0 and system is not None else ""
@@ -179,7 +302,8 @@ def _llama3(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
     yield BOS
     for message in messages:
         yield from _llama3_header(message["role"])
-        yield message["content"].strip()
+        text = message["content"].strip()
+        yield Answer(text) if message["role"] == "assistant" else text
         yield Control("<|eot_id|>")
     if add_generation_prompt:
         yield from _llama3_header("assistant")
@@ -196,7 +320,7 @@ def _mistral(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_p
     yield BOS
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            yield f" {turn['content']}"
+            yield Answer(f" {turn['content']}")
             yield EOS
         else:
             before = f"{system}\n\n" if number == 0 and system else ""
@@ -211,7 +335,8 @@ def _mistral_v3(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
     yield BOS
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            yield turn["content"]
+            # Before an earlier answer there would be a system message when it is asked for.
+            yield Answer(turn["content"]) if number > last_user or not system else turn["content"]
             yield EOS
         else:
             before = f"{system}\n\n" if number == last_user and system else ""
@@ -246,7 +371,56 @@ def _chatml(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
 
 def _header_and_content(header: str, message: Message) -> list[Segment]:
     """An answer is a segment of its own, as in generation, where the header is the prompt and the answer follows it."""
-    return [header, message["content"]] if message["role"] == "assistant" else [header + message["content"]]
+    if message["role"] == "assistant":
+        return [header, Answer(message["content"])]
+    return [header + message["content"]]
+
+
+def _template(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[Segment]:
+    """By the checkpoint's own template. An answer is what a turn adds to the generation prompt."""
+    if tokenizer.chat_template is None:
+        raise InputError(f"{tokenizer.path.parent}: the checkpoint has no chat template; name another prompt style")
+    # A special token that somebody writes is marked by a character that nobody uses, and so told from a template's.
+    written = "".join(message["content"] for message in messages)
+    mark = next(chr(code) for code in _PRIVATE_USE if chr(code) not in written)
+    marked = [
+        {**message, "content": tokenizer.special_pattern.sub(mark + r"\g<0>", message["content"])}
+        for message in messages
+    ]
+
+    def rendered(count: int, opening: bool) -> str:
+        return render_template(tokenizer.chat_template, marked[:count], tokenizer.special_tokens, opening)
+
+    whole = rendered(len(messages), add_generation_prompt)
+    place = 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number == 0:
+            continue
+        prompt, answered = rendered(number, True), rendered(number + 1, False)
+        bare = answered.rstrip()
+        if any(match.end() == len(bare) for match in tokenizer.special_pattern.finditer(bare)):
+            answered = bare  # white space after the token that ends a turn is nothing that the model says
+        if answered.startswith(prompt) and whole.startswith(answered) and place <= len(prompt):
+            yield from _split_at_special(tokenizer, whole[place : len(prompt)], mark, str)
+            yield from _split_at_special(tokenizer, whole[len(prompt) : len(answered)], mark, Answer)
+            place = len(answered)
+    yield from _split_at_special(tokenizer, whole[place:], mark, str)
+
+
+def _split_at_special(tokenizer: Tokenizer, text: str, mark: str, kind: type[str]) -> Iterator[Segment]:
+    """`text` as pieces of a kind and control tokens, without the marks of special tokens that are text."""
+    roles = {tokenizer.special_tokens.get("eos_token"): EOS, tokenizer.special_tokens.get("bos_token"): BOS}
+    place = 0
+    for match in tokenizer.special_pattern.finditer(text):
+        if match.start() and text[match.start() - 1] == mark:
+            continue
+        # An answer that is empty is one still, and the token after it is learned.
+        if kind is Answer or match.start() > place:
+            yield kind(text[place : match.start()].replace(mark, ""))
+        yield roles.get(match[0], Control(match[0]))
+        place = match.end()
+    if place < len(text):
+        yield kind(text[place:].replace(mark, ""))
 
 
 def _default_system_message(template: str | None) -> str | None:
@@ -288,6 +462,7 @@ _RENDERERS: dict[str, Callable[[Tokenizer, Sequence[Message], bool], Iterator[Se
     "mistral-v3": _mistral_v3,
     "tinyllama": _tinyllama,
     "chatml": _chatml,
+    "template": _template,
 }
 STYLES = tuple(_RENDERERS)
 _STOP_STRINGS = {

@@ -86,7 +86,8 @@ class Tokenizer:
         adds_bos: whether the tokenizer's own default puts `bos_id` before a plain text.
         stop_ids: all ids that end an answer.
         document_start_id, document_end_id: what surrounds a document in pretraining, or None.
-        chat_template: the Jinja chat template that came with the checkpoint, or None. It is never executed.
+        chat_template: the Jinja chat template that came with the checkpoint, or None.
+        special_tokens: what the checkpoint names for templates, {"bos_token": "<s>", "pad_token": ...}.
         spaces_segments: text that follows a special token gets a leading space, as it does at the start.
     """
 
@@ -128,6 +129,11 @@ class Tokenizer:
             declared if isinstance(declared, bool) else self._backend.adds_bos(self.bos_id)
         )
         added = self._backend.added
+        self._special_texts = {token_id: text for text, token_id in added.items()}
+        self.special_tokens = _named_tokens(settings)
+        for role, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if token_id in self._special_texts:
+                self.special_tokens.setdefault(role, self._special_texts[token_id])
         self.stop_ids = frozenset(
             [
                 *_id_list(generation_config.get("eos_token_id")),
@@ -192,6 +198,17 @@ class Tokenizer:
     def has_special(self, text: str) -> bool:
         """Whether there is a special (or added) token that is written `text`."""
         return text in self._backend.added
+
+    def special_text(self, token_id: int) -> str | None:
+        """How a special (or added) token is written; None for an ordinary one."""
+        return self._special_texts.get(token_id)
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches a special token that is written in a text."""
+        longest_first = sorted(self._backend.added, key=len, reverse=True)
+        texts = [text for text in longest_first if not self._token_bytes[self._backend.added[text]]]
+        return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
@@ -462,6 +479,12 @@ def _read_optional(path: Path) -> dict:
 def _added_tokens(directory: Path, settings: dict) -> dict[str, int]:
     listed = {entry["content"]: int(token_id) for token_id, entry in settings.get("added_tokens_decoder", {}).items()}
     return _read_optional(directory / "added_tokens.json") | listed
+
+
+def _named_tokens(settings: dict) -> dict[str, str]:
+    named = {role: text for role, text in settings.items() if role.endswith("_token")}
+    named = {role: text["content"] if isinstance(text, dict) else text for role, text in named.items()}
+    return {role: text for role, text in named.items() if isinstance(text, str)}
 
 
 def _id_list(value: int | list[int] | None) -> list[int]:

@@ -4,12 +4,13 @@
 (int64 offsets into it, num_documents + 1) and, only where some token is not to be learned, `loss_mask.bin` (uint8, 1 =
 learn). Where some documents are views of one source (a text, its paraphrase, questions on it), `groups.npy` (int64, one
 a document) gives these the same number, and -1 to documents without other views; `packing` keeps views apart.
+Where `meta.json` says `"examples": true`, documents are conversations (`instructions`) and `packing` never cuts one.
 `data_dir/meta.json` says with which tokenizer, from what and by which command they were made, and their counts.
 Cutting documents into training windows is `packing`'s; making tokens out of text is `scripts/prepare_corpus.py`'s.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,8 @@ class TokenStore:
         meta_file = data_dir / "meta.json"
         if not meta_file.is_file():
             raise InputError(
-                f"{data_dir} is not a token store (no meta.json in it); make one by scripts/prepare_corpus.py"
+                f"{data_dir} is not a token store (no meta.json in it); make one by scripts/prepare_corpus.py or"
+                " scripts/prepare_instructions.py"
             )
         meta = read_json(meta_file)
         version = meta.get("format_version") if isinstance(meta, dict) else None
@@ -169,6 +171,7 @@ class TokenStoreWriter:
         sources: Where the text came from, for the record.
         command: The command line, for the record.
         overwrite: Replace an existing store (and nothing but a store).
+        extra: More entries of `meta.json`; see `lit_llama.data.instructions`.
     """
 
     def __init__(
@@ -181,12 +184,14 @@ class TokenStoreWriter:
         sources: Iterable[str] = (),
         command: str = "",
         overwrite: bool = False,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.data_dir = Path(data_dir)
         self.vocab_size, self.dtype = vocab_size, token_dtype(vocab_size)
         self.tokenizer = {"sha256": tokenizer_sha256, "source": tokenizer_source}
         self.sources, self.command = list(sources), command
         self.overwrite = overwrite
+        self.extra = dict(extra or {})
         self._splits: dict[str, _SplitFiles] = {}
 
     def __enter__(self) -> Self:
@@ -273,7 +278,7 @@ class TokenStoreWriter:
             groups = np.frombuffer(files.groups, dtype=np.int64)
             if (groups != NO_GROUP).any():
                 np.save(files.directory / "groups.npy", groups)
-        meta = {
+        meta = self.extra | {
             "format_version": FORMAT_VERSION,
             "tokenizer": self.tokenizer,
             "vocab_size": self.vocab_size,
