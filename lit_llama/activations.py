@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
-from lit_llama.functional import attention
 from lit_llama.lora_linear import LoRALinear
 from lit_llama.model import Attention, DecoderLayer, Llama, call_layer
+from lit_llama.prompt_tuning import GatedPrompt, Prefix
 from lit_llama.quantization import QuantizedLinear
 
 _SMALLEST_OFFLOADED = 2**16
@@ -95,9 +95,9 @@ def _compiled(model: Llama, device: torch.device) -> Callable[..., Tensor]:
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise InputError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")
     for module in model.model.layers.modules():
-        if isinstance(module, Attention):
-            module.attend = torch.compiler.disable(attention)
-        elif isinstance(module, LoRALinear | QuantizedLinear):
+        if isinstance(module, Attention) and not isinstance(module.attend, nn.Module):
+            module.attend = torch.compiler.disable(module.attend)
+        elif isinstance(module, LoRALinear | QuantizedLinear | Prefix | GatedPrompt):
             module.forward = torch.compiler.disable(module.forward)
     return torch.compile(call_layer, dynamic=False)
 

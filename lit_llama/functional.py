@@ -135,16 +135,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class CausalMask:
     """What the queries of one forward pass may see, worked out once for all layers.
 
-    Key j is visible to query i when j <= i, j > i - sliding_window, and both lie in the same document.
+    Key j is visible to query i when j <= i, j > i - sliding_window, and both lie in the same document. In front of the
+    sequence's own keys there may be `prefix` others, which every query sees.
     """
 
     def __init__(
-        self, length: int, document_ids: Tensor | None, sliding_window: int | None, device: torch.device
+        self,
+        length: int,
+        document_ids: Tensor | None,
+        sliding_window: int | None,
+        device: torch.device,
+        prefix: int = 0,
     ) -> None:
         self.length = length
         self.device = device
         self.document_ids = document_ids  # (batch, length); documents are contiguous
         self.sliding_window = sliding_window if sliding_window is not None and sliding_window < length else None
+        self.prefix = prefix
+        self._behind: dict[int, CausalMask] = {}
+
+    def behind(self, prefix: int) -> "CausalMask":
+        """This mask with so many keys in front; made once for all layers."""
+        if prefix not in self._behind:
+            self._behind[prefix] = CausalMask(self.length, self.document_ids, self.sliding_window, self.device, prefix)
+        return self._behind[prefix]
 
     @cached_property
     def query_blocks(self) -> list[tuple[int, int, int]]:
@@ -162,7 +176,7 @@ class CausalMask:
         ]
 
     def hidden(self, first_key: int, start: int, end: int) -> Tensor:
-        """True where a query must not look: (batch or 1, 1, queries start..end, keys first_key..end)."""
+        """True where a query must not look: (batch or 1, 1, queries start..end, prefix and keys first_key..end)."""
         queries = torch.arange(start, end, device=self.device)[:, None]
         keys = torch.arange(first_key, end, device=self.device)
         hidden = (keys > queries)[None]
@@ -170,16 +184,18 @@ class CausalMask:
             hidden = hidden | (keys <= queries - self.sliding_window)
         if self.document_ids is not None:
             hidden = hidden | (self.document_ids[:, start:end, None] != self.document_ids[:, None, first_key:end])
+        if self.prefix:
+            hidden = F.pad(hidden, (self.prefix, 0))
         return hidden[:, None]
 
     @property
     def is_causal_only(self) -> bool:
         """Whether plain causality is all there is."""
-        return self.document_ids is None and self.sliding_window is None
+        return self.document_ids is None and self.sliding_window is None and not self.prefix
 
     @cached_property
     def dense(self) -> Tensor:
-        """The whole mask, True where visible: (batch or 1, 1, length, length)."""
+        """The whole mask, True where visible: (batch or 1, 1, length, prefix + length)."""
         return ~self.hidden(0, 0, self.length)
 
     @cached_property
@@ -187,33 +203,51 @@ class CausalMask:
         """The mask for flex attention (a BlockMask), which skips blocks of it that are hidden as a whole."""
         from torch.nn.attention.flex_attention import create_block_mask  # its import takes seconds
 
-        documents, window = self.document_ids, self.sliding_window
+        documents, window, prefix = self.document_ids, self.sliding_window, self.prefix
+        of_keys = F.pad(documents, (prefix, 0)) if documents is not None and prefix else documents
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            result = key <= query
+            result = key <= query + prefix
             if window is not None:
-                result = result & (key > query - window)
+                result = result & (key > query + prefix - window)
             if documents is not None:
-                result = result & (documents[batch, query] == documents[batch, key])
-            return result
+                result = result & (documents[batch, query] == of_keys[batch, key])
+            return result | (key < prefix) if prefix else result
 
         rows = None if documents is None else len(documents)
-        return create_block_mask(visible, rows, None, self.length, self.length, device=self.device)
+        return create_block_mask(visible, rows, None, self.length, prefix + self.length, device=self.device)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask) -> Tensor:
-    """Causal grouped-query attention of a sequence over itself.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: CausalMask | Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Causal grouped-query attention of a sequence over itself, or over a cache (`cached_attention`).
 
     On CPU by blocks (`AttentionFunction`); on CUDA flex attention where documents or a window are to be kept apart,
     which never computes what lies outside; else, and on other devices, `scaled_dot_product_attention`.
 
     Args:
         query: (batch, heads, length, head_dim).
-        key, value: (batch, kv_heads, length, head_dim).
+        key, value: (batch, kv_heads, length, head_dim); of a cache, all that it holds.
+        mask: a `CausalMask`; of a cache, what `KVCache.mask` is.
+        prefix: (kv_heads, prefix, head_dim) each, keys and values that every query sees besides, whatever its document
+            and window: one softmax over all.
 
     Returns:
         (batch, heads, length, head_dim).
     """
+    if not isinstance(mask, CausalMask):
+        return cached_attention(query, key, value, mask, prefix)
+    if prefix is not None:
+        mask = mask.behind(prefix[0].shape[1])
+        key, value = (
+            torch.cat((front.expand(len(own), -1, -1, -1), own), dim=2)
+            for front, own in zip(prefix, (key, value), strict=True)
+        )
     if query.device.type == "cpu":
         return AttentionFunction.apply(query, key, value, mask)
     if mask.is_causal_only:
@@ -230,13 +264,16 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefix: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Attention of new queries over the keys and values of a cache (inference).
 
     Args:
         query: (batch, heads, new, head_dim).
         key, value: (batch, kv_heads, cached, head_dim), the new tokens' own included.
         mask: (batch or 1, 1, new, cached), -inf where a query must not look, else 0; None: everything is visible.
+        prefix: see `attention`.
 
     Returns:
         (batch, heads, new, head_dim).
@@ -244,7 +281,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     batch, heads, new, head_dim = query.shape
     kv_heads, cached = key.shape[1:3]
     grouped = query.reshape(batch, kv_heads, -1, new, head_dim)
-    if new == 1:
+    if new == 1 and prefix is None:
         # The heads of a group take the place of queries, so their keys are read once; and unlike the matrix product
         # below, this kernel is not built anew for each cached length.
         return F.scaled_dot_product_attention(grouped[:, :, :, 0], key, value, attn_mask=mask).view(query.shape)
@@ -256,7 +293,13 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         scores = (block @ key[:, :, :seen].transpose(-1, -2)).mul_(head_dim**-0.5)
         if mask is not None:
             scores.view(batch, kv_heads, -1, end - start, seen).add_(mask[:, None, :, start:end, :seen])
-        mixed = torch.softmax(scores, dim=-1) @ value[:, :, :seen]
+        if prefix is None:
+            mixed = torch.softmax(scores, dim=-1) @ value[:, :, :seen]
+        else:
+            # Behind the others, whose places in the softmax kernel are then those they have without it.
+            in_front = (block @ prefix[0].transpose(-1, -2)).mul_(head_dim**-0.5)
+            weights = torch.softmax(torch.cat((scores, in_front), dim=-1), dim=-1)
+            mixed = weights[..., :seen] @ value[:, :, :seen] + weights[..., seen:] @ prefix[1]
         output[:, :, :, start:end] = mixed.view(output[:, :, :, start:end].shape)
     return output.view(query.shape)
 
@@ -275,18 +318,18 @@ class AttentionFunction(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         query: Tensor,  # (batch, heads, length, head_dim)
-        key: Tensor,  # (batch, kv_heads, length, head_dim)
+        key: Tensor,  # (batch, kv_heads, mask.prefix + length, head_dim)
         value: Tensor,
         mask: CausalMask,
     ) -> Tensor:
         batch, heads, length, head_dim = query.shape
         output = torch.empty(batch, length, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
         grouped, grouped_output = _grouped(query, key), _grouped(output, key)
-        keys, values = key.flatten(0, 1), value.flatten(0, 1)  # (batch * kv_heads, length, head_dim)
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)  # (batch * kv_heads, mask.prefix + length, head_dim)
         for first_key, start, end in mask.query_blocks:
             weights = _attention_weights(grouped, keys, mask, first_key, start, end)
             block = grouped_output[:, :, :, start:end]
-            block.copy_((weights @ values[:, first_key:end]).view(block.shape))
+            block.copy_((weights @ _seen(values, mask, first_key, end)).view(block.shape))
         ctx.save_for_backward(query, key, value, output)
         ctx.mask = mask
         return output
@@ -303,15 +346,15 @@ class AttentionFunction(torch.autograd.Function):
         delta = _grouped((grad_output * output).sum(-1, keepdim=True), key)
         grouped, grad_grouped, grad_output = (_grouped(x, key) for x in (query, grad_query, grad_output))
         for first_key, start, end in ctx.mask.query_blocks:
-            seen = slice(first_key, end)
+            seen = (ctx.mask, first_key, end)
             weights = _attention_weights(grouped, keys, ctx.mask, first_key, start, end)
             grad_rows = _rows(grad_output, start, end)
-            grad_value[:, seen].baddbmm_(weights.transpose(1, 2), grad_rows)
-            grad_scores = grad_rows @ values[:, seen].transpose(1, 2)
+            _add_product_(grad_value, weights, grad_rows, *seen)
+            grad_scores = grad_rows @ _seen(values, *seen).transpose(1, 2)
             grad_scores.sub_(_rows(delta, start, end)).mul_(weights)
-            grad_key[:, seen].baddbmm_(grad_scores.transpose(1, 2), _rows(grouped, start, end), alpha=scale)
+            _add_product_(grad_key, grad_scores, _rows(grouped, start, end), *seen, scale=scale)
             block = grad_grouped[:, :, :, start:end]
-            block.copy_((grad_scores @ keys[:, seen]).mul_(scale).view(block.shape))
+            block.copy_((grad_scores @ _seen(keys, *seen)).mul_(scale).view(block.shape))
         return grad_query, grad_key.view(key.shape), grad_value.view(value.shape), None
 
 
@@ -325,16 +368,32 @@ def _rows(grouped: Tensor, start: int, end: int) -> Tensor:
     return grouped[:, :, :, start:end].flatten(2, 3).flatten(0, 1)
 
 
+def _seen(keys: Tensor, mask: CausalMask, first_key: int, end: int) -> Tensor:
+    """What a block of queries meets of keys or values (batch * kv_heads, prefix + length, n)."""
+    own = keys[:, mask.prefix + first_key : mask.prefix + end]
+    return torch.cat((keys[:, : mask.prefix], own), dim=1) if mask.prefix else own
+
+
+def _add_product_(
+    total: Tensor, weights: Tensor, rows: Tensor, mask: CausalMask, first_key: int, end: int, scale: float = 1.0
+) -> None:
+    """Add scale * weights^T @ rows to the part of `total` that `_seen` picks."""
+    if mask.prefix:
+        total[:, : mask.prefix].baddbmm_(weights[:, :, : mask.prefix].transpose(1, 2), rows, alpha=scale)
+        weights = weights[:, :, mask.prefix :]
+    total[:, mask.prefix + first_key : mask.prefix + end].baddbmm_(weights.transpose(1, 2), rows, alpha=scale)
+
+
 def _attention_weights(grouped: Tensor, keys: Tensor, mask: CausalMask, first_key: int, start: int, end: int) -> Tensor:
-    """softmax(QK^T / sqrt(head_dim)) of a block: (batch * kv_heads, group * (end - start), end - first_key).
+    """softmax(QK^T / sqrt(head_dim)) of a block: (batch * kv_heads, group * (end - start), prefix + end - first_key).
 
     The scores start as the mask, 0 or -inf, and the product is added onto it: two passes over them less.
     """
-    hidden = mask.hidden(first_key, start, end)[:, None]  # (batch or 1, 1, 1, end - start, end - first_key)
+    hidden = mask.hidden(first_key, start, end)[:, None]  # (batch or 1, 1, 1, end - start, prefix + end - first_key)
     bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device).masked_fill_(hidden, float("-inf"))
     scores = bias.expand(*grouped.shape[:3], -1, -1).flatten(2, 3).flatten(0, 1)
     scale = keys.shape[-1] ** -0.5
     scores = scores.contiguous().baddbmm_(
-        _rows(grouped, start, end), keys[:, first_key:end].transpose(1, 2), alpha=scale
+        _rows(grouped, start, end), _seen(keys, mask, first_key, end).transpose(1, 2), alpha=scale
     )
     return torch.softmax(scores, dim=-1)

@@ -31,7 +31,6 @@ from lit_llama.functional import (
     RMSNormFunction,
     SwiGLUFunction,
     attention,
-    cached_attention,
     recomputed,
     rms_norm,
     rotate,
@@ -65,6 +64,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.attend: Callable[..., Tensor] = attention
+        """How queries meet keys; a module in its place (`prompt_tuning.py`) adds learned ones."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask, cache: "KVCache | None") -> Tensor:
         batch, length, _ = x.shape
@@ -73,10 +73,9 @@ class Attention(nn.Module):
         query = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)
         key = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)
         value = self.v_proj(x).view(shape).transpose(1, 2).contiguous()
-        if cache is None:
-            mixed = self.attend(query, key, value, mask)
-        else:
-            mixed = cached_attention(query, *cache.append(self.layer, key, value), cache.mask)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        mixed = self.attend(query, key, value, mask if cache is None else cache.mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -223,6 +222,8 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.fingerprint: str | None = None
         """Which base checkpoint the weights came from (`checkpoint.fingerprint`); adapters remember it."""
+        self.labels: list[str] | None = None
+        """Of a classifier, whose head has a row for each of them (`classification.py`)."""
 
     def forward(
         self,
