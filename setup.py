@@ -9,11 +9,21 @@ REQUIREMENTS = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt
 
 EXTRAS = {
     "documents": ["pypdf>=6.0", "pyarrow>=20.0", "selectolax>=0.3"],
+    "harness": ["lm_eval>=0.4.13"],
     "hub": ["huggingface_hub>=1.0"],
     "plots": ["matplotlib>=3.10"],
     "streaming": ["litdata>=0.2.76"],
     "tensorboard": ["tensorboard>=2.20"],
-    "test": ["gguf>=0.17", "peft>=0.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14", "transformers>=5.0"],
+    "test": [
+        "gguf>=0.17",
+        "lm_eval>=0.4.13",
+        "peft>=0.18",
+        "pytest>=8.4",
+        "pytest-xdist>=3.8",
+        "rouge-score>=0.1.2",
+        "ruff>=0.14",
+        "transformers>=5.0",
+    ],
 }
 
 setup(

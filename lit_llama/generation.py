@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_llama.errors import InputError
 from lit_llama.model import KVCache, Llama
-from lit_llama.prompts import encode_prompt, stop_strings
+from lit_llama.prompts import Message, encode_chat, stop_strings, with_system
 from lit_llama.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048
@@ -378,23 +378,26 @@ def stream_text(
 def answer_questions(
     model: Llama,
     tokenizer: Tokenizer,
-    questions: Sequence[str],
+    questions: Sequence[str | Sequence[Message]],
     style: str,
     max_new_tokens: int = 32,
     batch_size: int = 16,
+    system: str | None = None,
 ) -> list[str]:
     """Greedy answers, in the order of the questions, cut at the style's stop and stripped of surrounding white space.
 
     The model's mode, its gradients and the random state are afterwards as they were.
 
     Args:
+        questions: what the user says, or a whole conversation that ends with it.
         style: prompt style, one of `prompts.STYLES`.
         batch_size: questions answered at a time; those of like length go together.
+        system: system message of those whose conversation has none.
 
     Raises:
         InputError: unknown style, or a question that with max_new_tokens exceeds the context.
     """
-    prompts = [encode_prompt(tokenizer, style, question) for question in questions]
+    prompts = [encode_question(tokenizer, style, question, system) for question in questions]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     stop = stop_strings(style)
     answers = [""] * len(prompts)
@@ -405,6 +408,18 @@ def answer_questions(
             for row, text in stream_text(model, tokenizer, batch, max_new_tokens, stop=stop):
                 answers[numbers[row]] += text
     return [answer.strip() for answer in answers]
+
+
+def encode_question(
+    tokenizer: Tokenizer, style: str, question: str | Sequence[Message], system: str | None = None
+) -> list[int]:
+    """Ids of a question, as what the user says or as a conversation that ends with it, and of what opens the answer.
+
+    Args:
+        system: as in `prompts.with_system`.
+    """
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    return encode_chat(tokenizer, style, with_system(tokenizer, style, messages, system))
 
 
 @contextmanager

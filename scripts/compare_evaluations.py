@@ -13,6 +13,8 @@ from lit_llama.command_line import run
 from lit_llama.errors import InputError
 from lit_llama.files import read_json
 
+MEASURES = {"exact_match": "exact match", "f1": "F1", "contains": "answer named", "rouge_l": "ROUGE-L"}
+
 
 def main(*, base: Path, adapter: Path, report: Path | None = None, general: str = "general") -> None:
     """Compare two evaluations.
@@ -49,7 +51,7 @@ class Evaluation:
             questions = values.get("questions")
             if questions is not None:
                 for scores in (questions, *questions["by_field"].values(), *questions["by_split"].values()):
-                    for key in ("count", "exact_match", "f1", "contains"):
+                    for key in ("count", *MEASURES):
                         float(scores[key])
                 questions["rows"] = {row["id"]: row for row in questions["rows"]}
         except (KeyError, TypeError, AttributeError) as error:
@@ -84,11 +86,11 @@ def perplexity_rows(before: Evaluation, after: Evaluation, general: str) -> list
 
 
 def question_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, ...]]:
-    """Answers in all by three measures, then answers that contain the gold one by field and by split."""
+    """Answers in all by each measure, then answers that contain the gold one by field and by split."""
     if not before.questions:
         return []
     rows = []
-    for key, title in (("exact_match", "exact match"), ("f1", "F1"), ("contains", "answer named")):
+    for key, title in MEASURES.items():
         old, new = before.questions[key], after.questions[key]
         rows.append((f"closed-book answers, {title}", f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f} points"))
     for group in ("by_field", "by_split"):
@@ -155,15 +157,22 @@ def harder(change: float) -> str:
 
 def answers_verdict(before: dict[str, dict], after: dict[str, dict]) -> str:
     """Whether more questions are answered than before, beyond chance, and whether that is many."""
-    gained = sum(before[name]["contains"] < after[name]["contains"] for name in before)
-    lost = sum(before[name]["contains"] > after[name]["contains"] for name in before)
     old, new = (sum(row["contains"] > 0 for row in rows.values()) for rows in (before, after))
-    p = sign_test(gained, lost)
-    change = "no change beyond chance" if p > 0.05 else "a real gain" if gained > lost else "a real loss"
-    text = f"answers went from {old} to {new} of {len(before)}, {change} (p = {p:.2g})"
+    change, _, _ = paired_change(before, after, "contains")
+    text = f"answers went from {old} to {new} of {len(before)}, {change}"
     if new < len(before) / 2:
         text += ", so that most stay unknown: reading alone teaches the text, and few facts that a question can reach"
-    return text
+    change, gained, lost = paired_change(before, after, "rouge_l")
+    return f"{text}; by ROUGE-L {gained} came closer to the expected answer and {lost} moved away, {change}"
+
+
+def paired_change(before: dict[str, dict], after: dict[str, dict], measure: str) -> tuple[str, int, int]:
+    """What the sign test says of a measure of the same questions; how many of them rose in it and how many fell."""
+    gained = sum(before[name][measure] < after[name][measure] for name in before)
+    lost = sum(before[name][measure] > after[name][measure] for name in before)
+    p = sign_test(gained, lost)
+    change = "no change beyond chance" if p > 0.05 else "a real gain" if gained > lost else "a real loss"
+    return f"{change} (p = {p:.2g})", gained, lost
 
 
 def sign_test(gained: int, lost: int) -> float:

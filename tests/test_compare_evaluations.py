@@ -34,6 +34,7 @@ def evaluation(domain: float, general: float, correct: dict[str, list[int]]) -> 
             "field": field,
             "split": "trained" if number else "heldout",
             "contains": float(right),
+            "rouge_l": right / 2,
         }
         for field, rights in correct.items()
         for number, right in enumerate(rights)
@@ -41,7 +42,7 @@ def evaluation(domain: float, general: float, correct: dict[str, list[int]]) -> 
 
     def scores(rows: list[dict]) -> dict[str, float]:
         rate = sum(row["contains"] for row in rows) / len(rows)
-        return {"count": len(rows), "exact_match": rate / 2, "f1": rate / 2, "contains": rate}
+        return {"count": len(rows), "exact_match": rate / 2, "f1": rate / 2, "contains": rate, "rouge_l": rate / 2}
 
     def by(key: str) -> dict[str, dict]:
         return {name: scores([row for row in rows if row[key] == name]) for name in {row[key]: 0 for row in rows}}
@@ -71,6 +72,7 @@ def test_table_cost_and_verdict(tmp_path: Path):
     assert cells["perplexity, general text"] == ["20.00", "20.20", "+1.0%"]
     assert cells["closed-book answers, answer named"] == ["16.7%", "25.0%", "+8.3 points"]
     assert cells["closed-book answers, exact match"] == ["8.3%", "12.5%", "+4.2 points"]
+    assert cells["closed-book answers, ROUGE-L"] == ["8.3%", "12.5%", "+4.2 points"]
     assert cells["– capital"] == ["2 of 4", "3 of 4", "+1"]
     assert cells["– highest point"] == ["0 of 8", "0 of 8", "+0"]
     assert cells["– about heldout documents"] == ["1 of 2", "1 of 2", "+0"]
@@ -84,6 +86,7 @@ def test_table_cost_and_verdict(tmp_path: Path):
         "Verdict: held-out domain text became 30% easier to predict; answers went from 2 to 3 of 12,"
         " no change beyond chance (p = 1), so that most stay unknown:"
         " reading alone teaches the text, and few facts that a question can reach;"
+        " by ROUGE-L 1 came closer to the expected answer and 0 moved away, no change beyond chance (p = 1);"
         " general text became 1% harder to predict: nothing was forgotten."
     )
 
@@ -118,6 +121,16 @@ def test_verdict_follows_the_numbers(
 )
 def test_sign_test(compare: ModuleType, gained: int, lost: int, p: float):
     assert compare.sign_test(gained, lost) == pytest.approx(p, rel=1e-12)
+
+
+def test_rouge_l_is_compared_where_no_answer_is_whole(compare: ModuleType, tmp_path: Path):
+    before, after = (evaluation(10.0, 20.0, {"a": [0] * 10}) for _ in range(2))
+    for number, row in enumerate(after["questions"]["rows"]):
+        row["rouge_l"] = 0.3 if number else -0.1
+    write(tmp_path, before, after)
+    before, after = (compare.Evaluation.read(tmp_path / f"{name}.json") for name in ("base", "adapter"))
+    expected = "by ROUGE-L 9 came closer to the expected answer and 1 moved away, a real gain (p = 0.021)"
+    assert expected in compare.verdict(before, after, "general")
 
 
 def test_the_same_evaluation_twice(compare: ModuleType, tmp_path: Path):

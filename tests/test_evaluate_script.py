@@ -14,8 +14,12 @@ import transformers
 from conftest import ROOT, run_script
 from safetensors.torch import load_file, save_file
 
+from lit_llama.checkpoint import load_model
 from lit_llama.data.token_store import TokenStoreWriter
 from lit_llama.errors import InputError, RunError
+from lit_llama.generation import generate
+from lit_llama.lora import LoRAConfig, inject_lora, save_adapter
+from lit_llama.prompts import encode_example, encode_prompt
 from lit_llama.tokenizer import Tokenizer
 
 TEXTS = {"norway.txt": "Oslo is the capital of Norway.", "nepal.txt": "Mount Everest, at 8,849 metres, is in Nepal."}
@@ -107,7 +111,7 @@ def test_base_model_as_json_on_stdout_and_in_a_file(tiny_checkpoint: Path, token
     for row, asked in zip(questions["rows"], QUESTIONS, strict=True):
         assert (row["question"], row["answers"]) == (asked["question"], asked["answers"])
         assert isinstance(row["answer"], str)
-        assert {"exact_match", "f1", "contains"} <= set(row)
+        assert {"exact_match", "f1", "contains", "rouge_l"} <= set(row)
     assert set(questions["by_field"]) == {"capital", "point"}
     assert set(questions["by_split"]) == {"trained", "heldout"}
     assert result["multiple_choice"]["count"] == 1
@@ -142,6 +146,48 @@ def test_adapter_scores_as_peft_does(tiny_checkpoint: Path, tokenizer: Tokenizer
     assert "questions" not in result
 
 
+def test_responses_of_an_instruction_store_and_the_style_of_the_adapter(
+    script: ModuleType, tiny_checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    extra, losses = {"examples": True, "style": "alpaca", "system": "Be brief."}, []
+    with TokenStoreWriter(tmp_path / "store", tokenizer.vocab_size, tokenizer.sha256, "test", extra=extra) as writer:
+        for question, answer in (("Capital of Norway?", "Oslo"), ("Highest point of Nepal?", "Mount Everest")):
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            ids, mask = encode_example(tokenizer, "alpaca", [{"role": "system", "content": "Be brief."}, *turns])
+            writer.add("val", ids, mask)
+            losses += F.cross_entropy(
+                theirs(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
+            )[torch.tensor(mask[1:], dtype=torch.bool)].tolist()
+
+    model = load_model(tiny_checkpoint, dtype=torch.float32)
+    inject_lora(model, LoRAConfig(r=2))
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter/lit_config.yaml").write_text("eval: {probe_style: alpaca, probe_system: Be brief.}")
+    (tmp_path / "questions.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    script.main(
+        checkpoint_dir=tiny_checkpoint,
+        adapter_dir=tmp_path / "adapter",
+        data_dirs={"val": tmp_path / "store"},
+        sequence_length=100,
+        question_file=tmp_path / "questions.jsonl",
+        max_new_tokens=8,
+        dtype="fp32",
+        device="cpu",
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["perplexity"]["val"] == {
+        "loss": pytest.approx(sum(losses) / len(losses), rel=1e-6),
+        "perplexity": pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5),
+        "bits_per_byte": None,
+        "tokens": len(losses),
+    }
+    assert (result["settings"]["style"], result["settings"]["system"]) == ("alpaca", "Be brief.")
+    prompt = encode_prompt(tokenizer, "alpaca", QUESTIONS[0]["question"], "Be brief.")
+    answer = tokenizer.decode(generate(model, prompt, 8, stop_ids=tokenizer.stop_ids)[0]).strip()
+    assert result["questions"]["rows"][0]["answer"] == answer
+
+
 @pytest.mark.parametrize("quantize", ["int8", "nf4-dq"])
 def test_quantized_base(
     script: ModuleType, tiny_checkpoint: Path, inputs: Path, quantize: str, capsys: pytest.CaptureFixture[str]
@@ -171,7 +217,7 @@ def test_questions_are_taken_from_all_over_the_file(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nothing to evaluate: give --data_dirs, --text_files or --question_file"),
+        ({}, "nothing to evaluate: give --data_dirs, --text_files, --question_file or --tasks"),
         ({"text_files": "missing.txt"}, "missing.txt: No such file"),
         ({"text_files": "latin.txt"}, "latin.txt: not UTF-8 text"),
         ({"text_files": "blank.txt"}, "blank.txt: no text to score"),
@@ -184,6 +230,9 @@ def test_questions_are_taken_from_all_over_the_file(
         ({"text_files": "norway.txt", "sequence_length": 513}, "longer than the model's context of 512"),
         ({"question_file": "norway.txt"}, "norway.txt, line 1: not valid JSON"),
         ({"question_file": "questions.jsonl", "style": "socratic"}, "unknown prompt style 'socratic'"),
+        ({"question_file": "questions.jsonl", "max_new_tokens": 500}, "prompt 1 has .* exceeds the model's context"),
+        ({"tasks": "mmlu", "limit": 0}, "--limit 0 must be at least 1"),
+        ({"tasks": "mmlu", "tasks_dir": "nowhere"}, "nowhere: no such directory"),
         ({"text_files": "norway.txt", "adapter_dir": "nowhere"}, "nowhere"),
         ({"text_files": "norway.txt", "out": "taken.json"}, "taken.json exists already"),
     ],
@@ -196,7 +245,7 @@ def test_wrong_input_is_refused(
     (inputs / "taken.json").write_text("{}")
 
     def located(name: str, value: object) -> object:
-        if name not in ("data_dirs", "text_files", "question_file", "adapter_dir", "out"):
+        if name not in ("data_dirs", "text_files", "question_file", "tasks_dir", "adapter_dir", "out"):
             return value
         if isinstance(value, dict):
             return {key: inputs / path for key, path in value.items()}
@@ -218,6 +267,17 @@ def test_wrong_input_is_one_line_and_status_2(tiny_checkpoint: Path, tmp_path: P
     assert process.returncode == 2
     assert process.stdout == ""
     assert process.stderr == f"error: {tmp_path / 'no'}: No such file or directory\n"
+
+
+def test_tasks_without_their_package(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('No module named lm_eval')")
+    process = run_script(
+        *("scripts/evaluate.py", "--checkpoint_dir", tiny_checkpoint, "--tasks", "arc_easy"),
+        check=False,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert process.returncode == 2
+    assert process.stderr == "error: --tasks needs the package lm_eval: pip install 'lit-llama[harness]'\n"
 
 
 def test_a_loss_that_is_not_finite_fails(

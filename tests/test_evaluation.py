@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import TEXT
+from conftest import ROOT, TEXT
+from rouge_score import rouge_scorer
 from torchmetrics.functional.text import squad
 from transformers import AutoModelForCausalLM
 
@@ -19,10 +21,11 @@ from lit_llama.data.packing import TrainingWindows
 from lit_llama.data.token_store import TokenStore, TokenStoreWriter
 from lit_llama.errors import InputError
 from lit_llama.evaluation import questions as questions_module
+from lit_llama.evaluation.likelihood import Likelihood, continuation_likelihoods
 from lit_llama.evaluation.perplexity import evaluate_loss, store_of_texts
 from lit_llama.evaluation.questions import (
-    choice_log_likelihoods,
     encode_choice,
+    encode_questions,
     evaluate_answers,
     evaluate_choices,
     normalize_answer,
@@ -30,6 +33,7 @@ from lit_llama.evaluation.questions import (
     score_answer,
     wilson_interval,
 )
+from lit_llama.generation import generate
 from lit_llama.model import Llama
 from lit_llama.prompts import encode_chat, encode_prompt
 from lit_llama.tokenizer import Tokenizer
@@ -197,6 +201,7 @@ def test_normalisation_of_squad(text: str, normalized: str) -> None:
 )
 def test_scores_worked_out_by_hand(answer: str, golds: list[str], exact_match: int, f1: float, contains: int) -> None:
     scores = score_answer(answer, golds)
+    del scores["rouge_l"]
     assert scores == pytest.approx({"exact_match": exact_match, "f1": f1, "contains": contains})
 
 
@@ -212,6 +217,33 @@ def test_scores_equal_torchmetrics() -> None:
         scores = score_answer(answer, golds)
         assert 100 * scores["exact_match"] == pytest.approx(expected["exact_match"].item(), abs=1e-4)
         assert 100 * scores["f1"] == pytest.approx(expected["f1"].item(), abs=1e-4)
+
+
+# The example of Lin 2004, section 3.2, whose reference is "police killed the gunman".
+@pytest.mark.parametrize(("answer", "rouge_l"), [("Police kill the gunman.", 3 / 4), ("the gunman kill police", 2 / 4)])
+def test_rouge_l_as_published(answer: str, rouge_l: float) -> None:
+    assert score_answer(answer, ["police killed the gunman"])["rouge_l"] == rouge_l
+
+
+def test_rouge_l_equals_googles_package() -> None:
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    words = ["The", "a", "Oslo,", "oslo", "8,849", "m.", "--", "Ünder", "İ", "_x_", "e", "o'clock", "\n", "ﬁn"]
+    draw = random.Random(0)
+    made = [" ".join(draw.choices(words, k=draw.choice((0, 1, 5, 30, 64, 65, 200)))) for _ in range(200)]
+    written = [part for path in sorted((ROOT / "howto").glob("*.md")) for part in path.read_text().split("\n\n")]
+    for texts in (made, written):
+        for _ in range(150):
+            answer, *golds = draw.choices(texts, k=draw.randint(2, 4))
+            expected = max(scorer.score(gold, answer)["rougeL"].fmeasure for gold in golds)
+            assert score_answer(answer, golds)["rouge_l"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_rouge_l_of_long_answers_takes_no_time() -> None:
+    draw = random.Random(0)
+    answer, gold = (" ".join(f"w{draw.randrange(500)}" for _ in range(5000)) for _ in range(2))
+    start = time.process_time()
+    assert 0 < score_answer(answer, [gold])["rouge_l"] < 1
+    assert time.process_time() - start < 1  # 25 million cells of a table, in Python, take several
 
 
 # Newcombe 1998, Statistics in Medicine 17:857-872, table I, method 3 (Wilson's score without continuity correction).
@@ -254,13 +286,13 @@ def test_answers_are_scored_and_grouped(model: Llama, tokenizer: Tokenizer, monk
     }
     asked = []
 
-    def answer_questions(given_model, given_tokenizer, texts, style, max_new_tokens, batch_size):
-        assert (given_model, given_tokenizer, style, max_new_tokens) == (model, tokenizer, "chatml", 7)
+    def answer_questions(given_model, given_tokenizer, texts, style, max_new_tokens, batch_size, system):
+        assert (given_model, given_tokenizer, style, max_new_tokens, system) == (model, tokenizer, "chatml", 7, "S")
         asked.append(list(texts))
         return [scripted[text] for text in texts]
 
     monkeypatch.setattr(questions_module, "answer_questions", answer_questions)
-    result = evaluate_answers(model, tokenizer, QUESTIONS, "chatml", max_new_tokens=7, batch_size=2)
+    result = evaluate_answers(model, tokenizer, QUESTIONS, "chatml", max_new_tokens=7, batch_size=2, system="S")
     assert [len(batch) for batch in asked] == [2, 1]
     f1 = 2 * (1 / 5) / (1 / 5 + 1)
     assert (result["count"], result["exact_match"], result["contains"]) == (3, 1 / 3, 2 / 3)
@@ -269,12 +301,14 @@ def test_answers_are_scored_and_grouped(model: Llama, tokenizer: Tokenizer, monk
     assert {name: group["contains"] for name, group in result["by_field"].items()} == {"capital": 1, "highest_point": 0}
     assert result["by_field"]["capital"]["exact_match"] == 0.5
     assert {name: group["count"] for name, group in result["by_split"].items()} == {"trained": 1, "heldout": 1}
+    assert result["rouge_l"] == pytest.approx((1 + 2 / 6) / 3)
     assert result["rows"][1] == {
         **QUESTIONS[1],
         "answer": "It is Brasilia, I think",
         "exact_match": 0,
         "f1": pytest.approx(f1),
         "contains": 1,
+        "rouge_l": pytest.approx(2 / 6),
     }
     assert json.loads(json.dumps(result))["count"] == 3
 
@@ -292,16 +326,48 @@ CHOICES = [
 
 
 def test_likelihoods_of_choices_equal_transformers(model: Llama, theirs: torch.nn.Module, tokenizer: Tokenizer) -> None:
-    together = choice_log_likelihoods(model, tokenizer, CHOICES, "chatml")
-    for question, results in zip(CHOICES, together, strict=True):
-        prompt = encode_prompt(tokenizer, "chatml", question["question"])
-        assert len(results) == len(question["choices"])
-        for text, (total, tokens) in zip(question["choices"], results, strict=True):
-            choice = tokenizer.encode(text)
+    prompts = [encode_prompt(tokenizer, "chatml", question["question"]) for question in CHOICES]
+    endings = [[tokenizer.encode(text) for text in question["choices"]] for question in CHOICES]
+    endings[1].append(generate(model, prompts[1], 5)[0])
+    together = continuation_likelihoods(model, prompts, endings)
+    for prompt, choices, results in zip(prompts, endings, together, strict=True):
+        for choice, result in zip(choices, results, strict=True):
             likelihoods = theirs(torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
             places = torch.arange(len(prompt) - 1, len(prompt) + len(choice) - 1)
-            assert tokens == len(choice)
-            assert total == pytest.approx(likelihoods[places, choice].sum().item(), rel=1e-5)
+            assert result.tokens == len(choice)
+            assert result.log_likelihood == pytest.approx(likelihoods[places, choice].sum().item(), rel=1e-5)
+            assert result.greedy == (likelihoods[places].argmax(-1).tolist() == choice)
+    assert together[1][-1].greedy and not together[0][0].greedy
+
+
+CONVERSATION = [
+    {"role": "user", "content": "What is the capital of Norway?"},
+    {"role": "assistant", "content": "Oslo"},
+    {"role": "user", "content": "And of Brazil?"},
+]
+
+
+def test_a_conversation_is_asked_as_a_whole(model: Llama, tokenizer: Tokenizer) -> None:
+    row = {"id": 1, "question": "And of Brazil?", "answers": ["yes"], "choices": ["no", "yes"]}
+    brief = [{"role": "system", "content": "Be brief."}, *CONVERSATION]
+    asked = [row | {"messages": CONVERSATION}, row, row | {"messages": brief}]
+    system = {"role": "system", "content": "Hi."}
+    expected = [[system, *CONVERSATION], [system, CONVERSATION[2]], brief]
+    prompts = [encode_chat(tokenizer, "chatml", messages) for messages in expected]
+    assert encode_questions(tokenizer, asked, "chatml", "Hi.") == prompts
+    answers = [tokenizer.decode(generate(model, ids, 8, stop_ids=tokenizer.stop_ids)[0]).strip() for ids in prompts]
+    result = evaluate_answers(model, tokenizer, asked, "chatml", max_new_tokens=8, system="Hi.")
+    assert [row["answer"] for row in result["rows"]] == answers
+    likelihoods = continuation_likelihoods(model, prompts, [[tokenizer.encode("no"), tokenizer.encode("yes")]] * 3)
+    result = evaluate_choices(model, tokenizer, asked, "chatml", system="Hi.")
+    for row, expected in zip(result["rows"], likelihoods, strict=True):
+        assert row["scores"]["log_likelihood"] == [choice.log_likelihood for choice in expected]
+
+
+def test_a_question_that_the_style_has_no_form_for_is_named(tokenizer: Tokenizer) -> None:
+    rows = [{"id": "a", "question": "A?"}, {"id": "b", "question": "B?", "messages": CONVERSATION[1:]}]
+    with pytest.raises(InputError, match="question 'b': turn 0: in prompt style alpaca"):
+        encode_questions(tokenizer, rows, "alpaca")
 
 
 BYTE_LEVEL = [("byte-level", style) for style in ("alpaca", "llama2", "tinyllama", "chatml")]
@@ -336,12 +402,13 @@ def test_choices_are_encoded_as_the_answers_of_a_conversation(
 
 def test_choices_are_weighed_in_three_ways(model: Llama, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     # Raw, "O" and "no" win; by tokens "Stockholm" and "yes, of course it is"; by bytes whatever the division says.
-    likelihoods = [
+    figures = [
         [(-4.0, 2), (-5.0, 5), (-3.0, 1)],
         [(-2.0, 1), (-10.0, 10), (-8.0, 2), (-3.0, 1)],
         [(-2.0, 1), (-3.0, 4)],
     ]
-    monkeypatch.setattr(questions_module, "choice_log_likelihoods", lambda *_: likelihoods)
+    likelihoods = [[Likelihood(*figure, greedy=False) for figure in row] for row in figures]
+    monkeypatch.setattr(questions_module, "continuation_likelihoods", lambda *_: likelihoods)
     result = evaluate_choices(model, tokenizer, CHOICES, "chatml")
     correct = {name: [row[name] for row in result["rows"]] for name in ("log_likelihood", "per_token", "per_byte")}
     assert correct == {"log_likelihood": [0, 0, 0], "per_token": [0, 0, 1], "per_byte": [0, 0, 1]}
@@ -372,6 +439,13 @@ def test_question_file(tmp_path: Path) -> None:
         ({"answers": []}, 'question 2: "answers" must be'),
         ({"answers": "Oslo"}, 'question 2: "answers" must be'),
         ({"answers": ["Oslo", 5]}, 'question 2: "answers" must be'),
+        ({"messages": []}, 'question 2: "messages" must be'),
+        ({"messages": "Where?"}, 'question 2: "messages" must be'),
+        ({"messages": ["Where?"]}, 'question 2: "messages" must be'),
+        ({"messages": CONVERSATION[:2]}, 'question 2: "messages" must be'),
+        ({"messages": [{"role": "user"}]}, 'question 2: "messages" must be'),
+        ({"messages": [{"role": "user", "content": "A", "input": 3}]}, 'question 2: "messages" must be'),
+        ({"messages": [{"role": "robot", "content": "A"}]}, 'question 2: "messages" must be'),
         ({"choices": ["Oslo"]}, 'question 2: "choices" must be'),
         ({"choices": ["Bergen", "Narvik"]}, "question 2: none of the choices"),
         ({"id": [1]}, 'question 2: "id" must be'),

@@ -2,7 +2,8 @@
 
 Text is scored as it is trained on: packed windows of one length, documents that do not see each other, the loss
 averaged over target tokens. A document cut by a window's end goes on in the next window without its context, so a
-longer window means a lower loss: compare figures of one window length only.
+longer window means a lower loss: compare figures of one window length only. The examples of an instruction store lie
+whole in windows, and only what the assistant says is scored.
 """
 
 import math
@@ -111,3 +112,25 @@ def store_of_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> Tok
     }
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     return TokenStore(Path(name), "text", tokens, None, offsets, groups=None, meta=meta)
+
+
+def open_texts(
+    tokenizer: Tokenizer, data_dirs: dict[str, Path], split: str, text_files: Path | list[Path] | None
+) -> dict[str, TokenStore]:
+    """What is to be scored, by name: token stores by the names they are given, texts by those of their files.
+
+    Raises:
+        InputError: a store that cannot be opened or is of another tokenizer, a file without UTF-8 text, a name twice.
+    """
+    stores = {name: TokenStore.open(path, split, tokenizer.sha256) for name, path in data_dirs.items()}
+    for path in text_files if isinstance(text_files, list) else [text_files] if text_files else []:
+        if path.name in stores:
+            raise InputError(f"{path}: another text is called {path.name} already; rename one")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        stores[path.name] = store_of_texts([text], tokenizer, str(path))
+    return stores

@@ -1,8 +1,9 @@
 """Asking a model questions without showing it the documents, and scoring what it says.
 
 Closed-book: greedy answers, scored as SQuAD scores them (Rajpurkar et al. 2016, arXiv 1606.05250), plus whether a gold
-answer occurs in a longer one. Multiple choice: the choice that the model holds most likely. Producing the answers is
-`generation`'s; comparing two models is `scripts/compare_evaluations.py`'s.
+answer occurs in a longer one, and ROUGE-L for answers of many words (Lin 2004, aclanthology.org/W04-1013). Multiple
+choice: the choice that the model holds most likely. Producing the answers is `generation`'s; comparing two models is
+`scripts/compare_evaluations.py`'s.
 """
 
 import math
@@ -13,17 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lit_llama.errors import InputError
+from lit_llama.evaluation.likelihood import continuation_likelihoods
 from lit_llama.files import read_jsonl
-from lit_llama.generation import answer_questions
-from lit_llama.model import KVCache, Llama
-from lit_llama.prompts import encode_prompt
+from lit_llama.generation import answer_questions, encode_question
+from lit_llama.model import Llama
+from lit_llama.prompts import Message
 from lit_llama.tokenizer import Tokenizer
 
-METRICS = ("exact_match", "f1", "contains")
+METRICS = ("exact_match", "f1", "contains", "rouge_l")
 LIKELIHOODS = ("log_likelihood", "per_token", "per_byte")
 """How a choice's log-likelihood is weighed: as it is, divided by its tokens, divided by its UTF-8 bytes."""
 
@@ -31,13 +30,14 @@ _Z_95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 
 def read_questions(path: Path | str, need_answers: bool = True) -> list[dict[str, Any]]:
-    """Rows of a question file: JSONL of {"id", "question", "answers", "choices"?, "field"?, "split"?, ...}.
+    """Rows of a question file: JSONL of {"id", "question", "answers", "messages"?, "choices"?, "field"?, "split"?}.
 
     A row without "id" gets one by its number. Without `need_answers` a row may lack "answers": it is asked, not scored.
+    "messages" is the conversation up to the answer, where that is more than the question: `prompt_of` asks it instead.
 
     Raises:
-        InputError: no question at all, a row without question or answers, an id twice, or choices that hold none of
-            the answers; names the file and the question's number.
+        InputError: no question at all, a row without question or answers, an id twice, messages that do not end with
+            the user's, or choices that hold none of the answers; names the file and the question's number.
     """
     rows = read_jsonl(path)
     seen: set[str | int] = set()
@@ -47,6 +47,8 @@ def read_questions(path: Path | str, need_answers: bool = True) -> list[dict[str
             problem = '"question" must be a text'
         elif not _is_text_list(row.get("answers")) and (need_answers or "answers" in row):
             problem = '"answers" must be a list of one text or more'
+        elif "messages" in row and not _is_conversation(row["messages"]):
+            problem = '"messages" must be a list of {"role", "content"}, roles system, user, assistant, the user last'
         elif row.get("choices") is not None and not (_is_text_list(row["choices"]) and len(row["choices"]) > 1):
             problem = '"choices" must be a list of two texts or more'
         elif row.get("choices") and not _right_choices(row):
@@ -67,6 +69,42 @@ def _is_text_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text.strip() for text in value)
 
 
+def _is_conversation(value: Any) -> bool:
+    roles = ("system", "user", "assistant")
+    return (
+        isinstance(value, list)
+        and all(isinstance(turn, dict) and turn.get("role") in roles for turn in value)
+        and all(isinstance(text, str) for turn in value for text in (turn.get("content"), turn.get("input", "")))
+        and [turn["role"] for turn in value[-1:]] == ["user"]
+    )
+
+
+def prompt_of(question: dict[str, Any]) -> str | list[Message]:
+    """What to ask for a row of a question file: its conversation where it holds one, else its question."""
+    return question.get("messages", question["question"])
+
+
+def encode_questions(
+    tokenizer: Tokenizer, questions: Sequence[dict[str, Any]], style: str, system: str | None = None
+) -> list[list[int]]:
+    """Ids of each row's question, or conversation, and of what opens the answer.
+
+    Args:
+        style: prompt style, one of `prompts.STYLES`.
+        system: system message of those whose conversation has none.
+
+    Raises:
+        InputError: a conversation that the style has no form for; names the question's id.
+    """
+    prompts = []
+    for question in questions:
+        try:
+            prompts.append(encode_question(tokenizer, style, prompt_of(question), system))
+        except InputError as error:
+            raise InputError(f"question {question['id']!r}: {error}") from None
+    return prompts
+
+
 def normalize_answer(text: str) -> str:
     """SQuAD's normalisation: lower case, no ASCII punctuation, no articles (a, an, the), single spaces."""
     text = text.lower().translate(_WITHOUT_PUNCTUATION)
@@ -81,10 +119,14 @@ def score_answer(answer: str, golds: Sequence[str]) -> dict[str, float]:
 
     Returns:
         {"exact_match": 0 or 1, "f1": harmonic mean of precision and recall of words, "contains": 1 where the words of
-        a gold answer occur in the answer one after the other}, all after `normalize_answer`.
+        a gold answer occur in the answer one after the other}, all after `normalize_answer`, and {"rouge_l": see
+        `_rouge_l`}.
     """
-    words = normalize_answer(answer).split()
-    scores = [_score_words(words, normalize_answer(gold).split()) for gold in golds]
+    words, tokens = normalize_answer(answer).split(), _rouge_tokens(answer)
+    scores = [
+        {**_score_words(words, normalize_answer(gold).split()), "rouge_l": _rouge_l(tokens, _rouge_tokens(gold))}
+        for gold in golds
+    ]
     return {metric: max(score[metric] for score in scores) for metric in METRICS}
 
 
@@ -98,6 +140,29 @@ def _score_words(answer: list[str], gold: list[str]) -> dict[str, float]:
         "f1": f1,
         "contains": float(any(answer[i : i + len(gold)] == gold for i in places)),
     }
+
+
+def _rouge_l(answer: Sequence[str], gold: Sequence[str]) -> float:
+    """ROUGE-L of two texts as tokens: F1 of precision and recall of their longest common subsequence (Lin 2004).
+
+    Its length comes from bit operations on integers as wide as the gold text is long, a handful for each token of the
+    answer (Hyyrö 2004, "Bit-parallel LCS-length computation revisited").
+    """
+    if not answer or not gold:
+        return 0.0
+    places: dict[str, int] = {}
+    for place, token in enumerate(gold):
+        places[token] = places.get(token, 0) | 1 << place
+    everywhere = unmatched = (1 << len(gold)) - 1
+    for token in answer:
+        matched = unmatched & places.get(token, 0)
+        unmatched = (unmatched + matched | unmatched - matched) & everywhere
+    return 2 * (len(gold) - unmatched.bit_count()) / (len(answer) + len(gold))
+
+
+def _rouge_tokens(text: str) -> list[str]:
+    """Tokens as Google's rouge_score makes them without stemming: runs of lower-case ASCII letters and digits."""
+    return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def wilson_interval(successes: float, count: int) -> tuple[float, float]:
@@ -120,6 +185,7 @@ def evaluate_answers(
     max_new_tokens: int = 32,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """Ask every question and score the greedy answers.
 
@@ -127,17 +193,18 @@ def evaluate_answers(
         questions: rows as `read_questions` gives them.
         style: prompt style, one of `prompts.STYLES`.
         progress: called with (answered, in all) after every batch.
+        system: system message of questions whose conversation has none.
 
     Returns:
-        {"count", "exact_match", "f1", "contains", "interval": {"exact_match": (low, high), "contains": (low, high)},
-        "by_field", "by_split": the same of each group of rows that state one, "rows": [{"id", "question", "answers",
-        "answer", "exact_match", "f1", "contains", "field"?, "split"?, "doc_id"?}]}.
+        {"count", each of `METRICS`, "interval": {"exact_match": (low, high), "contains": (low, high)}, "by_field",
+        "by_split": the same of each group of rows that state one, "rows": [{"id", "question", "answers", "answer", each
+        of `METRICS`, "field"?, "split"?, "doc_id"?}]}.
     """
     rows = []
     for start in range(0, len(questions), batch_size):
         asked = questions[start : start + batch_size]
-        texts = [question["question"] for question in asked]
-        answers = answer_questions(model, tokenizer, texts, style, max_new_tokens, batch_size)
+        prompts = [prompt_of(question) for question in asked]
+        answers = answer_questions(model, tokenizer, prompts, style, max_new_tokens, batch_size, system)
         for question, answer in zip(asked, answers, strict=True):
             scores = score_answer(answer, question["answers"])
             rows.append({**_kept(question), "answers": question["answers"], "answer": answer, **scores})
@@ -153,12 +220,14 @@ def evaluate_choices(
     style: str,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """Let the model choose: the choice of the highest log-likelihood behind the question's prompt.
 
     Args:
         questions: rows with "choices".
         progress: called with (questions done, in all) after every batch.
+        system: system message of questions whose conversation has none.
 
     Returns:
         Like `evaluate_answers`, with accuracies by `LIKELIHOODS` in place of the metrics; a row holds "choices",
@@ -168,14 +237,17 @@ def evaluate_choices(
     rows = []
     for start in range(0, len(questions), batch_size):
         asked = questions[start : start + batch_size]
-        likelihoods = choice_log_likelihoods(model, tokenizer, asked, style)
+        prompts = encode_questions(tokenizer, asked, style, system)
+        endings = [[encode_choice(tokenizer, style, text) for text in question["choices"]] for question in asked]
+        likelihoods = continuation_likelihoods(model, prompts, endings)
         for question, choices in zip(asked, likelihoods, strict=True):
             right = _right_choices(question)
             scores: dict[str, list[float]] = {
-                "log_likelihood": [total for total, _ in choices],
-                "per_token": [total / tokens for total, tokens in choices],
+                "log_likelihood": [choice.log_likelihood for choice in choices],
+                "per_token": [choice.log_likelihood / choice.tokens for choice in choices],
                 "per_byte": [
-                    total / len(text.encode()) for (total, _), text in zip(choices, question["choices"], strict=True)
+                    choice.log_likelihood / len(text.encode())
+                    for choice, text in zip(choices, question["choices"], strict=True)
                 ],
             }
             chosen = {name: max(range(len(values)), key=values.__getitem__) for name, values in scores.items()}
@@ -188,49 +260,10 @@ def evaluate_choices(
     return _with_groups(rows, LIKELIHOODS, LIKELIHOODS)
 
 
-@torch.no_grad()
-def choice_log_likelihoods(
-    model: Llama, tokenizer: Tokenizer, questions: Sequence[dict[str, Any]], style: str
-) -> list[list[tuple[float, int]]]:
-    """Of each question's choices: (summed log-likelihood in nats behind the prompt, tokens).
-
-    The prompts are run once, padded on the left; every choice then goes on from their cache, which is wound back.
-    """
-    prompts = [encode_prompt(tokenizer, style, question["question"]) for question in questions]
-    choices = [[encode_choice(tokenizer, style, text) for text in question["choices"]] for question in questions]
-    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
-    width = max(map(len, prompts))
-    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    longest = max(len(ids) for of_question in choices for ids in of_question)
-    cache = KVCache(model.config, len(prompts), width + longest, dtype, device, padding)
-    prompt_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    last_hidden = model.model(prompt_ids, cache=cache)[:, -1:]
-
-    results: list[list[tuple[float, int]]] = [[] for _ in questions]
-    for number in range(max(map(len, choices))):
-        rows = [of_question[number] if number < len(of_question) else [] for of_question in choices]
-        length = max(map(len, rows))
-        targets = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows], device=device)
-        hidden = last_hidden
-        if length > 1:
-            hidden = torch.cat((last_hidden, model.model(targets[:, :-1], cache=cache)), dim=1)
-            cache.length = width
-        likelihoods = _log_likelihoods(model, hidden, targets)  # (questions, length)
-        for result, ids, row in zip(results, rows, likelihoods, strict=True):
-            if ids:
-                result.append((row[: len(ids)].double().sum().item(), len(ids)))
-    return results
-
-
 def encode_choice(tokenizer: Tokenizer, style: str, text: str) -> list[int]:
     """Ids of an answer as they follow a prompt of the style: see the assistant's turns in `prompts`."""
     spaced = style in ("plain", "llama2", "mistral")
     return tokenizer.encode(f" {text}" if spaced else text, continuation=style != "mistral-v3")
-
-
-def _log_likelihoods(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = model.lm_head(hidden).float()  # (questions, length, vocab)
-    return torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None])[..., 0]
 
 
 def _right_choices(question: dict[str, Any]) -> list[int]:
