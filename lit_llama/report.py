@@ -57,10 +57,14 @@ def _probes_before_and_after(path: Path) -> list[dict[str, Any]]:
 
 
 _ROWS = (
-    ("val_perplexity", "held-out domain perplexity", "{:.2f}"),
-    ("val_bits_per_byte", "held-out domain bits per byte", "{:.3f}"),
+    ("val_loss", "held-out loss", "{:.3f}"),
+    ("val_perplexity", "held-out perplexity", "{:.2f}"),
+    ("val_bits_per_byte", "held-out bits per byte", "{:.3f}"),
     ("general_perplexity", "general text perplexity", "{:.2f}"),
     ("probe_accuracy", "probe questions answered", "{:.0%}"),
+    ("val_accuracy", "held-out accuracy", "{:.1%}"),
+    ("val_f1", "held-out F1, mean over labels", "{:.3f}"),
+    ("val_matthews", "held-out Matthews correlation", "{:.3f}"),
 )
 
 

@@ -39,7 +39,7 @@ from lit_llama.report import write_report
 from lit_llama.tracking import Tracker, check_trackers
 
 if TYPE_CHECKING:
-    from lit_llama.training import Corpus, TrainingArguments
+    from lit_llama.training import Corpus, RunArguments
 
 # What a run has no part of before its first state.
 _RESULTS = ("adapter_*", "checkpoint", "best", "report.*")
@@ -73,7 +73,7 @@ class RunFiles:
     """The run directory of one training run. Only the main process writes."""
 
     def __init__(
-        self, arguments: "TrainingArguments", fabric: Fabric, model: nn.Module, save: Callable[[Path], None]
+        self, arguments: "RunArguments", fabric: Fabric, model: nn.Module, save: Callable[[Path], None]
     ) -> None:
         self.arguments, self.fabric, self.model, self._save = arguments, fabric, model, save
         self.out_dir = Path(arguments.out_dir)
@@ -203,6 +203,8 @@ class RunFiles:
         parts = [f"held-out loss {metrics['val_loss']:.3f} (perplexity {math.exp(metrics['val_loss']):.1f})"]
         if "general_loss" in metrics:
             parts.append(f"general {metrics['general_loss']:.3f} ({math.exp(metrics['general_loss']):.1f})")
+        if "val_accuracy" in metrics:
+            parts.append(f"accuracy {metrics['val_accuracy']:.1%}")
         scored = [answer["correct"] for answer in answers if "correct" in answer]
         if scored:
             parts.append(f"probes {sum(scored)}/{len(scored)}")

@@ -30,10 +30,10 @@ from lit_llama.data.streaming import StreamedWindows, is_stream
 from lit_llama.data.token_store import TokenStore
 from lit_llama.errors import InputError, RunError
 from lit_llama.evaluation.perplexity import evaluate_loss
-from lit_llama.evaluation.questions import read_questions, score_answer
+from lit_llama.evaluation.questions import prompt_of, read_questions, score_answer
 from lit_llama.generation import answer_questions
 from lit_llama.hardware import keep_freed_memory, peak_flops, peak_memory_gb
-from lit_llama.lora import learning_rate_factors
+from lit_llama.lora import LoRAConfig, learning_rate_factors
 from lit_llama.loss import head_loss
 from lit_llama.memory_estimate import TrainingSetup, fitting_setups, peak
 from lit_llama.model import Llama
@@ -66,6 +66,9 @@ class TrainConfig:
     """Largest joint norm of the gradients; 0 switches clipping off."""
     sequence_length: int = 512
     """Tokens a window; documents are packed into windows and do not see each other."""
+    packed: bool = True
+    """Pack examples of an instruction store into windows too. False: each is a window of its own length, in batches of
+    about one length; batch sizes then count examples. The loss of an example is the same either way."""
     micro_batch_size: int = 4
     """Windows a forward pass on one device: as many as memory allows."""
     global_batch_size: int = 8
@@ -89,7 +92,10 @@ class EvalConfig:
     probe_tokens: int = 24
     """Longest answer to a probe question."""
     probe_style: str | None = None
-    """Prompt style of the probes; by default the checkpoint's own."""
+    """Prompt style of the probes; by default the instruction store's, else the checkpoint's own. It is kept with the
+    adapter, for generate/*."""
+    probe_system: str | None = None
+    """System message of the probes; by default the instruction store's. Kept likewise."""
 
 
 @dataclass
@@ -103,22 +109,16 @@ class ReplayConfig:
 
 
 @dataclass(kw_only=True)
-class TrainingArguments:
-    """What every training script takes; scripts add their own."""
+class RunArguments:
+    """What every training run takes, whatever it learns from."""
 
     checkpoint_dir: Path
     """Base model, a Hugging Face directory."""
-    data_dir: str
-    """Token store of the domain, made by scripts/prepare_corpus.py, or directory or URL of a stream of it, made by
-    scripts/stream_corpus.py."""
     out_dir: Path
     """Where the run is written."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
-    probe_file: Path | None = None
-    """Questions (JSONL) to ask before, during and after training."""
     tracker: str | list[str] = "csv"
     """csv, tensorboard, neptune or a list of them; metrics.csv is always written."""
     precision: str = "bf16"
@@ -139,6 +139,18 @@ class TrainingArguments:
         if self.precision not in dtypes:
             raise InputError(f"precision {self.precision!r} is not one of {', '.join(dtypes)}")
         return dtypes[self.precision]
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(RunArguments):
+    """What every script takes that trains on a token store; scripts add their own."""
+
+    data_dir: str
+    """Token store of the domain, made by scripts/prepare_corpus.py or scripts/prepare_instructions.py, or directory or
+    URL of a stream of it, made by scripts/stream_corpus.py."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    probe_file: Path | None = None
+    """Questions (JSONL) to ask before, during and after training."""
 
 
 class LossOfBatch(nn.Module):
@@ -162,22 +174,34 @@ class LossOfBatch(nn.Module):
 
 @dataclass
 class Corpus:
-    """What a run trains on and is measured by."""
+    """What a run trains on and is measured by.
+
+    Attributes:
+        measure: figures of the model besides its losses, by name (`accuracy`), at every evaluation.
+    """
 
     windows: TrainingWindows | StreamedWindows
     held_out: TrainingWindows | StreamedWindows
     general: TrainingWindows | None
     probes: list[dict]
+    measure: Callable[[Llama], dict[str, float]] | None = None
 
     @classmethod
     def open(cls, arguments: TrainingArguments, tokenizer: Tokenizer) -> "Corpus":
-        """Open the stores that the arguments name and check that they fit the tokenizer."""
-        train, replay = arguments.train, arguments.replay
+        """Open the stores that the arguments name and check that they fit the tokenizer.
+
+        The prompt style of an instruction store becomes that of the probes, where the arguments name none.
+        """
+        train, replay, global_batch = arguments.train, arguments.replay, arguments.train.global_batch_size
 
         def open_windows(data_dir: Path | str, split: str, **options: Any) -> TrainingWindows | StreamedWindows:
             if is_stream(data_dir):
                 return StreamedWindows(str(data_dir), split, train.sequence_length, tokenizer.sha256, **options)
-            return TrainingWindows(open_store(data_dir, split), train.sequence_length, **options)
+            store = open_store(data_dir, split)
+            if arguments.eval.probe_style is None and data_dir == arguments.data_dir and "style" in store.meta:
+                arguments.eval.probe_style, arguments.eval.probe_system = store.meta["style"], store.meta["system"]
+            layout = "packed" if train.packed else "padded"
+            return TrainingWindows(store, train.sequence_length, **options, examples=layout, batch_size=global_batch)
 
         def open_store(data_dir: Path | str, split: str) -> TokenStore:
             return TokenStore.open(data_dir, split, tokenizer_sha256=tokenizer.sha256)
@@ -197,7 +221,7 @@ class Corpus:
         )
 
 
-def start_fabric(arguments: TrainingArguments) -> Fabric:
+def start_fabric(arguments: RunArguments) -> Fabric:
     """Start the processes and seed them.
 
     Fabric's own precision is left at 32-bit: the dtype of each part (base bf16, adapters fp32) is the model's business.
@@ -233,7 +257,7 @@ def train(
     model: Llama,
     tokenizer: Tokenizer,
     corpus: Corpus,
-    arguments: TrainingArguments,
+    arguments: RunArguments,
     save: Callable[[Path], None],
 ) -> dict[str, Any]:
     """Train the parameters of `model` that require a gradient.
@@ -248,6 +272,8 @@ def train(
         RunError: the loss is not finite; the last good state has been kept.
     """
     config = arguments.train
+    if config.compile and not config.packed:
+        raise InputError("train.compile needs windows of one length: leave train.packed at true")
     total_steps, last_window = _planned_steps(corpus.windows, config)
     local_batch = _local_batch(config, fabric.world_size)
     files = RunFiles(arguments, fabric, model, save)
@@ -267,7 +293,7 @@ def train(
     if state.step >= total_steps or stopped_early:
         progress(f"{arguments.out_dir}: training is done already, after step {state.step}")
         status = "stopped early" if stopped_early else "finished"
-        return files.report(optimizer, corpus, state, status, model.config.num_parameters)
+        return files.report(optimizer, corpus, state, status, total_parameters(model))
     files.announce(optimizer, corpus, total_steps, state)
 
     def measure() -> dict[str, Any]:
@@ -378,7 +404,7 @@ def train(
                 if fabric.is_global_zero:
                     progress(f"stopped after step {state.step}; continue with the same command and --resume true")
                 raise SystemExit(128 + signals[0] if signals else 1)
-    report = files.report(optimizer, corpus, state, status, model.config.num_parameters)
+    report = files.report(optimizer, corpus, state, status, total_parameters(model))
     files.finish("finished")
     return report
 
@@ -462,6 +488,8 @@ def _held_out_metrics(fabric: Fabric, model: Llama, corpus: Corpus, config: Eval
     if corpus.general is not None:
         general = evaluate_loss(model, corpus.general, config.batch_size, config.max_windows, fabric=fabric)
         metrics["general_loss"] = general.loss
+    if corpus.measure is not None:
+        metrics |= corpus.measure(model)
     return metrics
 
 
@@ -471,8 +499,10 @@ def _ask_probes(
     """The model's greedy answers: {question, answer, answers?, correct?}; correct when a gold answer occurs in it."""
     if not probes:
         return []
-    questions = [probe["question"] for probe in probes]
-    answers = answer_questions(model, tokenizer, questions, style, config.probe_tokens, config.batch_size)
+    prompts = [prompt_of(probe) for probe in probes]
+    answers = answer_questions(
+        model, tokenizer, prompts, style, config.probe_tokens, config.batch_size, system=config.probe_system
+    )
     rows = []
     for probe, answer in zip(probes, answers, strict=True):
         row = {"question": probe["question"], "answer": answer}
@@ -493,9 +523,16 @@ def training_flops_per_token(model: Llama) -> float:
     config = model.config
     # By the configuration, because packed weights are no parameters and a tied head goes by the embedding's name.
     embedding = config.vocab_size * config.hidden_size
-    base = config.num_parameters - embedding * (1 if config.tie_word_embeddings else 2) + embedding
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    return 4 * (base + adapters) + 2 * trainable
+    return 4 * (total_parameters(model) - (0 if config.tie_word_embeddings else embedding) + adapters) + 2 * trainable
+
+
+def total_parameters(model: Llama) -> int:
+    """Parameters of the base, with the head that it has."""
+    config = model.config
+    if model.labels is None:
+        return config.num_parameters
+    return config.num_parameters + (len(model.labels) - config.vocab_size) * config.hidden_size
 
 
 def _planned_steps(windows: TrainingWindows, config: TrainConfig) -> tuple[int, int]:
@@ -521,7 +558,7 @@ def _local_batch(config: TrainConfig, world_size: int) -> int:
 
 
 @contextmanager
-def _out_of_memory_explained(model: Llama, arguments: TrainingArguments, fabric: Fabric) -> Iterator[None]:
+def _out_of_memory_explained(model: Llama, arguments: RunArguments, fabric: Fabric) -> Iterator[None]:
     """Answer an out-of-memory error with settings that need less, by the estimate of `memory_estimate.py`."""
     try:
         yield
@@ -529,8 +566,11 @@ def _out_of_memory_explained(model: Llama, arguments: TrainingArguments, fabric:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         train = arguments.train
+        adapter = getattr(model, "lora_config", None)
+        if adapter is None and getattr(model, "prompt_tuning_config", None) is not None:
+            adapter = LoRAConfig(r=1)  # the nearest that the estimate knows
         setup = TrainingSetup(
-            model.lora_config if getattr(model, "lora_config", None) else None,
+            adapter,
             getattr(arguments, "quantize", None),
             getattr(arguments, "embeddings", None),
             train.optimizer,

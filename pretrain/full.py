@@ -6,9 +6,8 @@ out/my_domain_full
 
 from dataclasses import dataclass, field
 
-from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.command_line import run
-from lit_llama.parallel import loading_device
+from lit_llama.learners import full_learner
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, TrainConfig, TrainingArguments, start_fabric, train
 
@@ -24,18 +23,8 @@ def main(arguments: Arguments) -> None:
     fabric = start_fabric(arguments)
     tokenizer = Tokenizer.from_checkpoint(arguments.checkpoint_dir)
     corpus = Corpus.open(arguments, tokenizer)
-    model = load_model(arguments.checkpoint_dir, arguments.dtype, loading_device(fabric))
-    model.requires_grad_(True)
-    train(
-        fabric,
-        model,
-        tokenizer,
-        corpus,
-        arguments,
-        save=lambda directory: save_checkpoint(
-            model, directory / "checkpoint", tokenizer_from=arguments.checkpoint_dir, overwrite=True
-        ),
-    )
+    model, save = full_learner(fabric, arguments)
+    train(fabric, model, tokenizer, corpus, arguments, save)
 
 
 if __name__ == "__main__":
