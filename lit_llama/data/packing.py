@@ -13,6 +13,9 @@ from lit_llama.data.layouts import IGNORE_INDEX, PADDING, CutDocuments, PackedEx
 from lit_llama.data.token_store import TokenStore
 from lit_llama.errors import InputError
 
+PADDED_TO = 16
+"""Batches of every length there is would leave freed memory in pieces of every size, which none of the next fits."""
+
 
 class Batch(NamedTuple):
     """Windows stacked into (batch, length) int64 tensors; the fields mean what they mean in `Window`.
@@ -29,8 +32,11 @@ class Batch(NamedTuple):
 
 
 def collate(windows: Sequence[Window]) -> Batch:
-    """Stack windows, padded to the longest of them."""
-    length = max(len(window.input_ids) for window in windows)
+    """Stack windows; those of several lengths are padded to the longest, rounded up to a multiple of `PADDED_TO`."""
+    lengths = {len(window.input_ids) for window in windows}
+    length = max(lengths)
+    if len(lengths) > 1:
+        length = -(-length // PADDED_TO) * PADDED_TO
     fields = []
     for rows, fill in zip(zip(*windows, strict=True), PADDING, strict=True):
         padded = [np.pad(row, (0, length - len(row)), constant_values=fill) for row in rows]
