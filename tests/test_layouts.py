@@ -81,7 +81,7 @@ def test_padded_batches_are_of_about_one_length(tmp_path: Path) -> None:
         batch = collate([windows[i] for i in range(start, start + 8)])
         padding += int((batch.document_ids == -1).sum())
         tokens += batch.document_ids.numel()
-    assert padding / tokens < 0.05  # half of it would be padding if lengths were mixed
+    assert padding / tokens < 0.12  # half of it would be padding if lengths were mixed
 
 
 def test_an_example_longer_than_a_window_is_refused(tmp_path: Path) -> None:
