@@ -216,7 +216,7 @@ def label_log_probabilities(model: Llama, store: TokenStore, batch_size: int) ->
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([windows[i] for i in chosen])
-            input_ids, _, position_ids, document_ids, targets = (field.to(device) for field in batch)
+            input_ids, _, position_ids, document_ids, targets = (field.to(device) for field in batch[:5])
             hidden = model.model(input_ids, position_ids, document_ids).flatten(0, 1)[targets]
             result[chosen] = model.lm_head(hidden).float().log_softmax(-1).cpu()
     return result

@@ -31,18 +31,23 @@ def chunk_sizes(device_type: str, vocab: int) -> tuple[int, int]:
 
 
 def head_loss(
-    head: nn.Module, hidden: Tensor, labels: Tensor, reduction: str = "mean", targets: Tensor | None = None
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    reduction: str = "mean",
+    targets: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The loss through whatever the model's head is: a linear layer, a quantized one, either of them under LoRA.
 
     Args:
         head: `model.lm_head`.
-        hidden, labels, reduction, targets: see `linear_cross_entropy`.
+        hidden, labels, reduction, targets, teacher: see `linear_cross_entropy`.
     """
     base = getattr(head, "linear", head)
     update = None if base is head else (head.lora_A, head.lora_B, head.scaling)
     weight = base if isinstance(base, QuantizedLinear) else base.weight
-    return linear_cross_entropy(hidden, weight, labels, reduction, update=update, targets=targets)
+    return linear_cross_entropy(hidden, weight, labels, reduction, update=update, targets=targets, teacher=teacher)
 
 
 def linear_cross_entropy(
@@ -53,8 +58,9 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     update: tuple[Tensor, Tensor, float] | None = None,
     targets: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy of softmax(hidden @ weight.T) against labels.
+    """Cross-entropy of softmax(hidden @ weight.T) against labels, or its divergence from a teacher's probabilities.
 
     Args:
         hidden: (..., hidden_size) normalised hidden states.
@@ -67,6 +73,8 @@ def linear_cross_entropy(
         update: LoRA on the head, (A (r, hidden_size), B (vocab, r), scaling): the weight is then W + scaling * B A.
         targets: (n,) int64, the flat positions whose label is not `IGNORE_INDEX`. Finding them here makes the host wait
             for a GPU.
+        teacher: (ids (n, k) int64, probabilities (n, k)) of each target, which take the place of its label: the loss is
+            then KL(teacher || softmax), with the teacher's other tokens at 0. A row of one probability 1 is a label.
 
     Returns:
         fp32 scalar (fp64 for fp64 input). With no target at all: 0.
@@ -76,26 +84,27 @@ def linear_cross_entropy(
         targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     if len(targets) != len(labels):
         hidden, labels = hidden[targets], labels[targets]
+    ids, probabilities = teacher or (labels[:, None], None)
     if chunk_tokens is None:
         vocab = weight.out_features if isinstance(weight, QuantizedLinear) else weight.shape[0]
         chunk_tokens, _ = chunk_sizes(hidden.device.type, vocab)
     lora_A, lora_B, scaling = update or (None, None, 0.0)
     learning = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (hidden, weight, lora_A, lora_B))
     loss = LinearCrossEntropyFunction.apply(
-        hidden, weight, lora_A, lora_B, scaling, labels, chunk_tokens, learning and torch.is_grad_enabled()
+        hidden, weight, lora_A, lora_B, scaling, ids, probabilities, chunk_tokens, learning and torch.is_grad_enabled()
     )
-    return loss / max(1, len(labels)) if reduction == "mean" else loss
+    return loss / max(1, len(ids)) if reduction == "mean" else loss
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Summed loss and, in the same pass, its gradients; see `linear_cross_entropy`.
 
-    With p = softmax(logits), the gradient of the logits is p - onehot(label); the onehot's part of each product is a
-    row picked or added, so that no second array of the logits' size is written.
+    With p = softmax(logits) and q the target probabilities (1 at a label), the gradient of the logits is d = p - q, which
+    takes the place of the logits in memory.
 
-        d hidden = p @ W - W[label] + scaling * d_low @ A    where d_low = p @ B - B[label]
-        d W      = p.T @ hidden - (hidden added to the rows `label`)
-        d B      = scaling * (p.T @ low - (low added to the rows `label`))    where low = hidden @ A.T
+        d hidden = d @ W + scaling * d_low @ A    where d_low = d @ B
+        d W      = d.T @ hidden
+        d B      = scaling * d.T @ low            where low = hidden @ A.T
         d A      = scaling * d_low.T @ hidden
     """
 
@@ -107,7 +116,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         scaling: float,
-        labels: Tensor,
+        ids: Tensor,
+        probabilities: Tensor | None,
         chunk_tokens: int,
         with_gradient: bool,
     ) -> Tensor:
@@ -129,30 +139,30 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         buffer = torch.empty(min(chunk_tokens, len(hidden)), vocab, dtype=dtype, device=hidden.device)
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            h, label = hidden[chunk], labels[chunk]
+            h, target = hidden[chunk], ids[chunk]
             logits = buffer[: len(h)]
             for part, dense in _dense_rows(weight, dtype):
                 torch.mm(h, dense.T, out=logits[:, part])
             if lora_A is not None:
                 low = h @ A.T  # (chunk, r)
                 logits.addmm_(low, B.T, alpha=scaling)
-            loss -= logits.gather(1, label[:, None]).to(accumulate).sum()
-            loss += _softmax_(logits, accumulate).sum()
-            p = logits
+            at_targets = logits.gather(1, target).to(accumulate)
+            q = torch.ones_like(at_targets) if probabilities is None else probabilities[chunk].to(accumulate)
+            loss += (q * (_log_or_zero(q) - at_targets)).sum()
+            loss += (q.sum(1) * _softmax_(logits, accumulate)).sum()
+            d = logits.scatter_add_(1, target, -q.to(dtype))
             if grad_hidden is not None:
-                grad_hidden[chunk] = _times(p, weight, label)
+                grad_hidden[chunk] = _times(d, weight)
             if lora_A is not None:
-                grad_low = (p @ B).sub_(B[label]).mul_(scaling)  # (chunk, r)
+                grad_low = (d @ B).mul_(scaling)  # (chunk, r)
                 if grad_hidden is not None:
                     grad_hidden[chunk].addmm_(grad_low, A)
                 if grad_A is not None:
                     grad_A += grad_low.T @ h
                 if grad_B is not None:
-                    grad_B.add_(p.T @ low, alpha=scaling)
-                    grad_B.index_add_(0, label, low.to(accumulate), alpha=-scaling)
+                    grad_B.add_(d.T @ low, alpha=scaling)
             if grad_weight is not None:
-                grad_weight += p.T @ h
-                grad_weight.index_add_(0, label, h.to(accumulate), alpha=-1)
+                grad_weight += d.T @ h
         ctx.save_for_backward(*grads)
         ctx.dtypes = [tensor.dtype if isinstance(tensor, Tensor) else None for tensor in trained]
         return loss
@@ -164,7 +174,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None if grad is None else (grad * grad_output).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def _log_or_zero(q: Tensor) -> Tensor:
+    """log q, and 0 where q is 0, since q log q goes to 0 there."""
+    return torch.where(q > 0, q, 1).log()
 
 
 def _softmax_(logits: Tensor, accumulate: torch.dtype) -> Tensor:
@@ -191,11 +206,13 @@ def _dense_rows(weight: Tensor | QuantizedLinear, dtype: torch.dtype) -> Iterato
         yield from weight.dense_pieces(dtype)
 
 
-def _times(p: Tensor, weight: Tensor | QuantizedLinear, label: Tensor) -> Tensor:
-    """(p - onehot(label)) @ weight, (chunk, hidden)."""
+def _times(d: Tensor, weight: Tensor | QuantizedLinear) -> Tensor:
+    """d @ weight, (chunk, hidden)."""
     if isinstance(weight, Tensor):
-        return (p @ weight).sub_(weight[label])
-    product = -weight.dequantize_rows(label, p.dtype)
-    for part, dense in _dense_rows(weight, p.dtype):
-        product.addmm_(p[:, part], dense)
+        return d @ weight
+    pieces = _dense_rows(weight, d.dtype)
+    part, dense = next(pieces)
+    product = d[:, part] @ dense
+    for part, dense in pieces:
+        product.addmm_(d[:, part], dense)
     return product

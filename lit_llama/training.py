@@ -161,11 +161,19 @@ class LossOfBatch(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_ids: Tensor, targets: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        targets: Tensor,
+        teacher_ids: Tensor,
+        teacher_probabilities: Tensor,
     ) -> Tensor:
-        """Summed cross-entropy of the targets, fp32 scalar; arguments are the fields of `data.packing.Batch`."""
+        """Summed loss of the targets, fp32 scalar; arguments are the fields of `data.packing.Batch`."""
         hidden = self.model.model(input_ids, position_ids, document_ids)
-        return head_loss(self.model.lm_head, hidden, labels, reduction="sum", targets=targets)
+        teacher = (teacher_ids, teacher_probabilities) if teacher_ids.shape[1] else None
+        return head_loss(self.model.lm_head, hidden, labels, reduction="sum", targets=targets, teacher=teacher)
 
     def run_inside(self, function: Callable[[], dict]) -> dict:
         """Call a function; under FSDP2 this counts as a forward pass (`parallel.run_inside`)."""

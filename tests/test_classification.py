@@ -169,7 +169,7 @@ def test_loss_and_gradients_are_those_of_transformers(tiny_checkpoint: Path, tmp
     for layout in ("packed", "padded"):
         model.zero_grad()
         windows = TrainingWindows(store, 128, seed=0, shuffle=False, examples=layout)
-        input_ids, labels, position_ids, document_ids, targets = collate(
+        input_ids, labels, position_ids, document_ids, targets, *_ = collate(
             [windows[i] for i in range(windows.windows_per_epoch)]
         )
         hidden = model.model(input_ids, position_ids, document_ids)

@@ -183,7 +183,7 @@ def sha256(store: Path) -> str:
 
 
 def same(window: Window, other: Window) -> bool:
-    return all(np.array_equal(one, two) and one.dtype == two.dtype for one, two in zip(window, other, strict=True))
+    return all(np.array_equal(one, two) and one.dtype == two.dtype for one, two in zip(window[:4], other[:4], strict=True))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -202,9 +202,9 @@ def test_a_shuffled_stream_has_each_window_once_an_epoch_in_an_order_of_its_own(
 
     def epoch(number: int, seed: int) -> list[bytes]:
         streamed = StreamedWindows(str(stream), "train", 32, sha256(store), seed=seed)
-        return [np.stack(streamed[i]).tobytes() for i in range(number * count, (number + 1) * count)]
+        return [np.stack(streamed[i][:4]).tobytes() for i in range(number * count, (number + 1) * count)]
 
-    stored = sorted(np.stack(windows[i]).tobytes() for i in range(count))
+    stored = sorted(np.stack(windows[i][:4]).tobytes() for i in range(count))
     orders = [epoch(number, seed) for number in (0, 1) for seed in (0, 1)]
     assert all(sorted(order) == stored for order in orders)
     assert len({tuple(order) for order in orders}) == 4

@@ -114,7 +114,7 @@ def test_packed_padded_and_single_examples_have_one_loss_and_gradient(tiny_check
 
     def loss_and_gradients(windows: list) -> tuple[float, dict[str, torch.Tensor]]:
         model.zero_grad()
-        input_ids, labels, position_ids, document_ids, targets = collate(windows)
+        input_ids, labels, position_ids, document_ids, targets, *_ = collate(windows)
         hidden = model.model(input_ids, position_ids, document_ids)
         loss = head_loss(model.lm_head, hidden, labels, reduction="sum", targets=targets)
         loss.backward()

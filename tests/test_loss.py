@@ -121,3 +121,30 @@ def test_peak_memory_does_not_grow_with_the_vocabulary() -> None:
         return max(allocations)
 
     assert most_allocated_at_once(120_000) <= 1.2 * most_allocated_at_once(30_000)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
+def test_a_teacher_s_probabilities_give_the_divergence_from_them(chunk_tokens: int) -> None:
+    h, w, labels = problem(dtype=torch.float64)
+    targets = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    top = torch.randn(len(targets), w.shape[0], dtype=torch.float64).softmax(1).topk(5)
+    probabilities = top.values / top.values.sum(1, keepdim=True)
+    full = torch.zeros(len(targets), w.shape[0], dtype=torch.float64).scatter(1, top.indices, probabilities)
+    log_softmax = (h.flatten(0, 1)[targets] @ w.T).log_softmax(1)
+    expected = F.kl_div(log_softmax, full, reduction="sum")
+    loss = linear_cross_entropy(h, w, labels, "sum", chunk_tokens, targets=targets, teacher=(top.indices, probabilities))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for grad, exact in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, (h, w)), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_a_teacher_that_is_sure_is_a_label() -> None:
+    h, w, labels = problem()
+    targets = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    ids = torch.cat((labels.flatten()[targets, None], torch.zeros(len(targets), 3, dtype=torch.int64)), dim=1)
+    sure = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(len(targets), 4)
+    loss = linear_cross_entropy(h, w, labels, targets=targets, teacher=(ids, sure))
+    expected = linear_cross_entropy(h, w, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for grad, exact in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, (h, w)), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-7)

@@ -35,12 +35,15 @@ class Window(NamedTuple):
     `labels[i]` is the token to predict from `input_ids[i]` (already shifted), -100 where it does not count.
     `document_ids` number the segments of documents in the window from 0: a token attends to its own segment only, and
     `position_ids` restart at 0 with each. Padding, at a window's end, has document -1 and label -100.
+    `teacher` are ids (length, k) and probabilities (length, k) of what may follow each token, instead of its label;
+    probabilities of 0 where the label counts.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     document_ids: np.ndarray
+    teacher: tuple[np.ndarray, np.ndarray] | None = None
 
 
 PADDING = Window(0, IGNORE_INDEX, 0, PADDING_DOCUMENT)
@@ -110,7 +113,7 @@ class CutDocuments:
 
     def window(self, number: int) -> Window:
         """Window `number` of the arrangement, padded at the end of the stream."""
-        window = _empty(self.length)
+        window = _empty(self.length, self.store)
         pair = number * self.length
         place = int(np.searchsorted(self._ends, pair, side="right"))
         filled = segment = 0
@@ -162,12 +165,10 @@ class PackedExamples:
 
     def window(self, number: int) -> Window:
         """Window `number` of the arrangement, padded to `length`."""
-        window, filled = _empty(self.length), 0
+        window, filled = _empty(self.length, self.store), 0
         first = int(self._ends[number - 1]) if number else 0
         for segment, example in enumerate(self._examples[first : int(self._ends[number])]):
-            tokens, mask = self.store.document(int(self._documents[example]))
-            _lay(window, filled, tokens, mask, 0, len(tokens) - 1, segment)
-            filled += len(tokens) - 1
+            filled += _lay_example(window, filled, self.store, int(self._documents[example]), segment)
         return window
 
 
@@ -204,9 +205,9 @@ class PaddedExamples:
 
     def window(self, number: int) -> Window:
         """Example `number`."""
-        tokens, mask = self.store.document(int(self._documents[number]))
-        window = _empty(len(tokens) - 1)
-        _lay(window, 0, tokens, mask, 0, len(tokens) - 1, 0)
+        document = int(self._documents[number])
+        window = _empty(int(self._lengths[number]), self.store)
+        _lay_example(window, 0, self.store, document, 0)
         return window
 
 
@@ -268,8 +269,23 @@ def _numbered_groups(store: TokenStore, documents: np.ndarray) -> np.ndarray | N
     return groups if groups.max() + 1 < len(groups) else None
 
 
-def _empty(length: int) -> Window:
-    return Window(*(np.full(length, fill, dtype=np.int64) for fill in PADDING))
+def _empty(length: int, store: TokenStore) -> Window:
+    window = Window(*(np.full(length, fill, dtype=np.int64) for fill in PADDING[:4]))
+    if store.teacher is None:
+        return window
+    shape = (length, store.teacher[0].shape[1])
+    return window._replace(teacher=(np.zeros(shape, np.int64), np.zeros(shape, np.float32)))
+
+
+def _lay_example(window: Window, place: int, store: TokenStore, document: int, segment: int) -> int:
+    """Write a whole document into the window at `place`; returns its number of pairs."""
+    tokens, mask = store.document(document)
+    count = len(tokens) - 1
+    _lay(window, place, tokens, mask, 0, count, segment)
+    if window.teacher is not None:
+        for into, values in zip(window.teacher, store.teacher_of(document), strict=True):
+            into[place : place + count] = values[1:]
+    return count
 
 
 def _lay(

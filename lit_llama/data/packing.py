@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     """Windows stacked into (batch, length) int64 tensors; the fields mean what they mean in `Window`.
 
     `targets` (n,) int64 are the positions in the flattened batch that have a label: known here, so that a GPU need not
-    be asked how many there are.
+    be asked how many there are. `teacher_ids` (n, k) int64 and `teacher_probabilities` (n, k) fp32 say what a teacher
+    expects at each target, a label being a probability of 1; k is 0 where no window has a teacher.
     """
 
     input_ids: torch.Tensor
@@ -29,6 +30,8 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor
     document_ids: torch.Tensor
     targets: torch.Tensor
+    teacher_ids: torch.Tensor
+    teacher_probabilities: torch.Tensor
 
 
 def collate(windows: Sequence[Window]) -> Batch:
@@ -38,11 +41,31 @@ def collate(windows: Sequence[Window]) -> Batch:
     if len(lengths) > 1:
         length = -(-length // PADDED_TO) * PADDED_TO
     fields = []
-    for rows, fill in zip(zip(*windows, strict=True), PADDING, strict=True):
+    for rows, fill in zip(list(zip(*windows, strict=True))[:4], PADDING[:4], strict=True):
         padded = [np.pad(row, (0, length - len(row)), constant_values=fill) for row in rows]
         fields.append(torch.from_numpy(np.stack(padded)))
     labels = fields[1].flatten()
-    return Batch(*fields, targets=(labels != IGNORE_INDEX).nonzero().squeeze(1))
+    targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    return Batch(*fields, targets, *_teacher_of_targets(windows, length, labels, targets))
+
+
+def _teacher_of_targets(
+    windows: Sequence[Window], length: int, labels: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (n, k) and probabilities (n, k) at the targets of windows of which some have a teacher."""
+    top_k = max((window.teacher[0].shape[1] for window in windows if window.teacher is not None), default=0)
+    if not top_k:
+        return torch.zeros(len(targets), 0, dtype=torch.int64), torch.zeros(len(targets), 0)
+    ids = torch.zeros(len(windows), length, top_k, dtype=torch.int64)
+    probabilities = torch.zeros(len(windows), length, top_k)
+    for row, window in enumerate(windows):
+        if window.teacher is not None:
+            for into, values in zip((ids, probabilities), window.teacher, strict=True):
+                into[row, : values.shape[0], : values.shape[1]] = torch.from_numpy(values)
+    ids, probabilities = ids.flatten(0, 1)[targets], probabilities.flatten(0, 1)[targets]
+    without = probabilities.sum(1) == 0
+    ids[without, 0], probabilities[without, 0] = labels[targets][without], 1.0
+    return ids, probabilities
 
 
 def without_targets(window: Window) -> Window:
@@ -134,6 +157,11 @@ class TrainingWindows:
         if self.store.loss_mask is not None or not self.store.num_bytes:
             return None
         return self.store.num_bytes / self._targets
+
+    @property
+    def tokens_per_window(self) -> float:
+        """Training pairs of a window of the store, padding not counted, on average."""
+        return self._targets / self.domain_windows
 
     def __getitem__(self, index: int) -> Window:
         """The window at `index` of the endless sequence; its epoch is `index // windows_per_epoch`."""

@@ -57,6 +57,8 @@ def write_stream(
     with atomic_directory(stream_dir, overwrite) as directory:
         for split in splits:
             store = TokenStore.open(store_dir, split)
+            if store.teacher is not None:
+                raise InputError(f"{store_dir} has a teacher's probabilities, which a stream does not hold")
             shuffle = seed is not None and split == "train"
             windows = TrainingWindows(store, length, seed or 0, shuffle=shuffle)
             dtype = token_dtype(store.vocab_size)

@@ -4,11 +4,15 @@
 (int64 offsets into it, num_documents + 1) and, only where some token is not to be learned, `loss_mask.bin` (uint8, 1 =
 learn). Where some documents are views of one source (a text, its paraphrase, questions on it), `groups.npy` (int64, one
 a document) gives these the same number, and -1 to documents without other views; `packing` keeps views apart.
+Where some tokens are to be learned from a teacher's probabilities, `teacher_ids.bin` (like tokens.bin) and
+`teacher_probabilities.bin` (float16) hold for each token of the split the likeliest ids at its place, and 0 for the
+rest of the tokens; `"teacher_top_k"` in `meta.json` says how many.
 Where `meta.json` says `"examples": true`, documents are conversations (`instructions`) and `packing` never cuts one.
 `data_dir/meta.json` says with which tokenizer, from what and by which command they were made, and their counts.
 Cutting documents into training windows is `packing`'s; making tokens out of text is `scripts/prepare_corpus.py`'s.
 """
 
+import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +37,8 @@ class TokenStore:
         loss_mask: (num_tokens,) uint8, 1 where the token is to be learned; None where that is everywhere.
         groups: (num_documents,) int64, equal for documents that are views of one source, -1 for those that are views
             of none; None where all are.
+        teacher: ids (num_tokens, k) and probabilities (num_tokens, k) float16 that a teacher gives for each token's place,
+            all probabilities 0 where it was not asked; None where it never was.
         offsets: (num_documents + 1,) int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         meta: the content of `meta.json`.
         num_words, num_bytes: of the split's text (whitespace-separated words; UTF-8), without special tokens.
@@ -47,8 +53,9 @@ class TokenStore:
         offsets: np.ndarray,
         groups: np.ndarray | None,
         meta: dict[str, Any],
+        teacher: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        self.data_dir, self.split = data_dir, split
+        self.data_dir, self.split, self.teacher = data_dir, split, teacher
         self.tokens, self.loss_mask, self.offsets, self.groups, self.meta = tokens, loss_mask, offsets, groups, meta
         self.num_documents, self.num_tokens = len(offsets) - 1, len(tokens)
         self.num_words, self.num_bytes = meta["splits"][split]["words"], meta["splits"][split]["bytes"]
@@ -97,14 +104,26 @@ class TokenStore:
         tokens = _map(data_dir / split / "tokens.bin", token_dtype(meta["vocab_size"]), counts["tokens"])
         has_mask = counts["loss_mask"]
         loss_mask = _map(data_dir / split / "loss_mask.bin", np.dtype("u1"), counts["tokens"]) if has_mask else None
-        return cls(data_dir, split, tokens, loss_mask, offsets, groups, meta)
+        teacher = None
+        if top_k := meta.get("teacher_top_k"):
+            shape, directory = (counts["tokens"], top_k), data_dir / split
+            ids = _map(directory / "teacher_ids.bin", token_dtype(meta["vocab_size"]), *shape)
+            teacher = ids, _map(directory / "teacher_probabilities.bin", np.dtype("<f2"), *shape)
+        return cls(data_dir, split, tokens, loss_mask, offsets, groups, meta, teacher)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens (length,) of document `index` and its loss mask (length,) uint8, or None where all are learned."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
-        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        part = self._part(index)
         return self.tokens[part], None if self.loss_mask is None else self.loss_mask[part]
+
+    def teacher_of(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The teacher's ids (length, k) and probabilities (length, k) for the tokens of document `index`."""
+        return None if self.teacher is None else tuple(array[self._part(index)] for array in self.teacher)
+
+    def _part(self, index: int) -> slice:
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
 
 def check_origin(place: Path | str, meta: dict[str, Any], split: str, tokenizer_sha256: str | None) -> None:
@@ -131,13 +150,13 @@ def _load_array(path: Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read ({error}); prepare the store anew") from None
 
 
-def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    expected = count * dtype.itemsize
+def _map(path: Path, dtype: np.dtype, *shape: int) -> np.ndarray:
+    expected = math.prod(shape) * dtype.itemsize
     found = path.stat().st_size if path.is_file() else None
     if found != expected:
         state = "missing" if found is None else f"{found} bytes"
         raise InputError(f"{path}: {state}, meta.json promises {expected} bytes; copy or prepare the store anew")
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
 @dataclass
@@ -149,6 +168,7 @@ class _SplitFiles:
     offsets: array = field(default_factory=lambda: array("q", [0]))
     groups: array = field(default_factory=lambda: array("q"))
     loss_mask: BinaryIO | None = None
+    teacher: tuple[BinaryIO, BinaryIO] | None = None
     words: int = 0
     bytes: int = 0
 
@@ -172,6 +192,7 @@ class TokenStoreWriter:
         command: The command line, for the record.
         overwrite: Replace an existing store (and nothing but a store).
         extra: More entries of `meta.json`; see `lit_llama.data.instructions`.
+        teacher_top_k: How many ids a teacher gives at each place, where there is one.
     """
 
     def __init__(
@@ -185,8 +206,9 @@ class TokenStoreWriter:
         command: str = "",
         overwrite: bool = False,
         extra: Mapping[str, Any] | None = None,
+        teacher_top_k: int = 0,
     ) -> None:
-        self.data_dir = Path(data_dir)
+        self.data_dir, self.teacher_top_k = Path(data_dir), teacher_top_k
         self.vocab_size, self.dtype = vocab_size, token_dtype(vocab_size)
         self.tokenizer = {"sha256": tokenizer_sha256, "source": tokenizer_source}
         self.sources, self.command = list(sources), command
@@ -210,6 +232,7 @@ class TokenStoreWriter:
         num_words: int = 0,
         num_bytes: int = 0,
         group: int | None = None,
+        teacher: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Append one document to a split.
 
@@ -220,6 +243,7 @@ class TokenStoreWriter:
             num_words: Words of the document's text, for the counts.
             num_bytes: UTF-8 bytes of the document's text, for the counts and bits per byte.
             group: Number from 0 that all views of one source share; None for a document without other views.
+            teacher: Ids (length, k) and probabilities (length, k) for the tokens' places, with `teacher_top_k`.
         """
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.vocab_size:
@@ -241,11 +265,24 @@ class TokenStoreWriter:
             _write_ones(files.loss_mask, files.offsets[-1])
         if files.loss_mask is not None:
             files.loss_mask.write(mask.tobytes())
+        if self.teacher_top_k:
+            self._add_teacher(files, len(ids), teacher)
         files.tokens.write(ids.astype(self.dtype).tobytes())
         files.offsets.append(files.offsets[-1] + len(ids))
         files.groups.append(NO_GROUP if group is None else group)
         files.words += num_words
         files.bytes += num_bytes
+
+    def _add_teacher(self, files: _SplitFiles, length: int, teacher: tuple[np.ndarray, np.ndarray] | None) -> None:
+        if files.teacher is None:
+            names = ("teacher_ids.bin", "teacher_probabilities.bin")
+            files.teacher = tuple(self._stack.enter_context(open(files.directory / name, "wb")) for name in names)
+        shape = (length, self.teacher_top_k)
+        for file, values, dtype in zip(files.teacher, teacher or (None, None), (self.dtype, "<f2"), strict=True):
+            array = np.zeros(shape, dtype) if values is None else np.asarray(values).astype(dtype)
+            if array.shape != shape:
+                raise ValueError(f"a teacher's values of shape {array.shape} for a document of {shape}")
+            file.write(array.tobytes())
 
     def counts(self) -> dict[str, dict[str, int | bool]]:
         """Of each split so far: documents, tokens, words, bytes, and whether it has a loss mask and groups."""
@@ -278,14 +315,19 @@ class TokenStoreWriter:
             groups = np.frombuffer(files.groups, dtype=np.int64)
             if (groups != NO_GROUP).any():
                 np.save(files.directory / "groups.npy", groups)
-        meta = self.extra | {
-            "format_version": FORMAT_VERSION,
-            "tokenizer": self.tokenizer,
-            "vocab_size": self.vocab_size,
-            "splits": self.counts(),
-            "sources": self.sources,
-            "command": self.command,
-        }
+        teacher = {"teacher_top_k": self.teacher_top_k} if self.teacher_top_k else {}
+        meta = (
+            self.extra
+            | teacher
+            | {
+                "format_version": FORMAT_VERSION,
+                "tokenizer": self.tokenizer,
+                "vocab_size": self.vocab_size,
+                "splits": self.counts(),
+                "sources": self.sources,
+                "command": self.command,
+            }
+        )
         write_json(self.directory / "meta.json", meta)
 
 

@@ -74,7 +74,7 @@ def evaluate_loss(
             if own >= count:  # takes part in what the processes do together, and adds nothing
                 batch = batch._replace(targets=batch.targets[:0])
             tokens += len(batch.targets)
-            input_ids, labels, position_ids, document_ids, targets = (field.to(device) for field in batch)
+            input_ids, labels, position_ids, document_ids, targets = (field.to(device) for field in batch[:5])
             hidden = model.model(input_ids, position_ids, document_ids)
             total += head_loss(model.lm_head, hidden, labels, reduction="sum", targets=targets).item()
             if progress is not None:
