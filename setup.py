@@ -22,6 +22,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "rouge-score>=0.1.2",
         "ruff>=0.14",
+        "scipy>=1.14",
         "transformers>=5.0",
     ],
 }
@@ -34,6 +35,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["lit_llama", "lit_llama.*"]),
+    package_data={"lit_llama.injection": ["*.css"]},
     install_requires=[line for line in REQUIREMENTS if line],
     extras_require=EXTRAS,
 )

@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -86,3 +87,13 @@ class StatusLine:
         if self._visible:
             print(file=sys.stderr, flush=True)
             self._visible = False
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, in all) that keeps a status line of them."""
+    line = StatusLine()
+    try:
+        yield lambda done, count: line.show(f"{what}: {done:,} of {count:,}", last=done == count)
+    finally:
+        line.clear()

@@ -19,15 +19,15 @@ from lit_llama.model import Llama
 from lit_llama.parallel import loading_device
 from lit_llama.prompts import detect_style, write_chat_template
 from lit_llama.quantization import Embeddings, Quantization
-from lit_llama.training import TrainingArguments
+from lit_llama.training import RunArguments, TrainingArguments
 
 Save = Callable[[Path], None]
 """Writes what has been trained into a directory."""
 
 
 @dataclass(kw_only=True)
-class LoRAArguments(TrainingArguments):
-    """Train a LoRA adapter; out_dir becomes a PEFT adapter directory."""
+class LoRARunArguments(RunArguments):
+    """Train a LoRA adapter, whatever on."""
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     quantize: Quantization | None = None
@@ -44,7 +44,12 @@ class LoRAArguments(TrainingArguments):
     """Where start_mode merge writes the merged base; one that is there is used again."""
 
 
-def lora_learner(fabric: Fabric, arguments: LoRAArguments) -> tuple[Llama, Save]:
+@dataclass(kw_only=True)
+class LoRAArguments(LoRARunArguments, TrainingArguments):
+    """Train a LoRA adapter; out_dir becomes a PEFT adapter directory."""
+
+
+def lora_learner(fabric: Fabric, arguments: LoRARunArguments) -> tuple[Llama, Save]:
     """The base with a new adapter on it; with start_mode merge, `arguments.checkpoint_dir` becomes the merged base.
 
     Raises:
@@ -74,7 +79,7 @@ def lora_learner(fabric: Fabric, arguments: LoRAArguments) -> tuple[Llama, Save]
     return model, lambda directory: save_adapter(model, directory, base_model=str(arguments.checkpoint_dir))
 
 
-def full_learner(fabric: Fabric, arguments: TrainingArguments) -> tuple[Llama, Save]:
+def full_learner(fabric: Fabric, arguments: RunArguments) -> tuple[Llama, Save]:
     """The base with all weights to be trained; saved as a checkpoint, `checkpoint/` in the run's directory.
 
     Where the training data have another prompt style than the base, or a system message, it gets a chat template of it.

@@ -99,7 +99,7 @@ def linear_cross_entropy(
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Summed loss and, in the same pass, its gradients; see `linear_cross_entropy`.
 
-    With p = softmax(logits) and q the target probabilities (1 at a label), the gradient of the logits is d = p - q, which
+    With p = softmax(logits) and q the target probabilities (1 at a label), the gradient of the logits is d = p - q. It
     takes the place of the logits in memory.
 
         d hidden = d @ W + scaling * d_low @ A    where d_low = d @ B

@@ -3,8 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +11,17 @@ import torch
 
 from lit_llama.answering import adapter_style, adapter_system
 from lit_llama.checkpoint import load_model
-from lit_llama.command_line import StatusLine, run
+from lit_llama.command_line import counted, run
 from lit_llama.data.packing import TrainingWindows
 from lit_llama.errors import InputError, RunError
 from lit_llama.evaluation.perplexity import evaluate_loss, open_texts
-from lit_llama.evaluation.questions import encode_questions, evaluate_answers, evaluate_choices, read_questions
+from lit_llama.evaluation.questions import (
+    encode_questions,
+    evaluate_answers,
+    evaluate_choices,
+    read_questions,
+    spread,
+)
 from lit_llama.files import refuse_overwrite, write_json
 from lit_llama.generation import checked_length
 from lit_llama.hardware import peak_memory_gb, pick_device, run_environment
@@ -103,7 +107,7 @@ def main(
     tokenizer = Tokenizer.from_checkpoint(checkpoint_dir)
     stores = open_texts(tokenizer, data_dirs or {}, split, text_files)
     windows = {name: TrainingWindows(store, sequence_length, seed=0, shuffle=False) for name, store in stores.items()}
-    questions = _spread(read_questions(question_file), max_questions) if question_file else []
+    questions = spread(read_questions(question_file), max_questions) if question_file else []
     tasks = tasks.split(",") if isinstance(tasks, str) else tasks or []
     if not windows and not questions and not tasks:
         raise InputError("nothing to evaluate: give --data_dirs, --text_files, --question_file or --tasks")
@@ -145,7 +149,7 @@ def main(
         "perplexity": {},
     }
     for name, text in windows.items():
-        with _counted(f"{name}: windows scored") as show:
+        with counted(f"{name}: windows scored") as show:
             scores = evaluate_loss(model, text, batch_size, max_windows, show)
         if not math.isfinite(scores.loss):
             raise RunError(f"{name}: the loss is {scores.loss}; the weights are damaged or overflow in {dtype}")
@@ -153,13 +157,13 @@ def main(
     if questions or tasks:
         pack_linear_layers(model)  # from here on it only generates
     if questions:
-        with _counted("questions answered") as show:
+        with counted("questions answered") as show:
             result["questions"] = evaluate_answers(
                 model, tokenizer, questions, style, max_new_tokens, batch_size, show, system
             )
     with_choices = [question for question in questions if question.get("choices")]
     if with_choices:
-        with _counted("multiple choice: questions scored") as show:
+        with counted("multiple choice: questions scored") as show:
             result["multiple_choice"] = evaluate_choices(
                 model, tokenizer, with_choices, style, batch_size, show, system
             )
@@ -172,22 +176,6 @@ def main(
     if out is not None:
         write_json(out, result)
     print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _spread(rows: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
-    """At most so many rows, taken evenly from all over the list."""
-    count = min(len(rows), most or len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
-@contextmanager
-def _counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows how much is done."""
-    line = StatusLine()
-    try:
-        yield lambda done, count: line.show(f"{what}: {done:,} of {count:,}", last=done == count)
-    finally:
-        line.clear()
 
 
 if __name__ == "__main__":

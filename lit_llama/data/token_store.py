@@ -37,8 +37,8 @@ class TokenStore:
         loss_mask: (num_tokens,) uint8, 1 where the token is to be learned; None where that is everywhere.
         groups: (num_documents,) int64, equal for documents that are views of one source, -1 for those that are views
             of none; None where all are.
-        teacher: ids (num_tokens, k) and probabilities (num_tokens, k) float16 that a teacher gives for each token's place,
-            all probabilities 0 where it was not asked; None where it never was.
+        teacher: ids (num_tokens, k) and probabilities (num_tokens, k) float16 that a teacher gives for each token's
+            place, all probabilities 0 where it was not asked; None where it never was.
         offsets: (num_documents + 1,) int64; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         meta: the content of `meta.json`.
         num_words, num_bytes: of the split's text (whitespace-separated words; UTF-8), without special tokens.

@@ -1,5 +1,6 @@
 """How likely a model holds continuations of a context: what multiple choice and the harness's tasks are scored by."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,23 @@ class Likelihood(NamedTuple):
     tokens: int
     greedy: bool
     """Whether greedy generation would say exactly this."""
+    max_probability: float = math.nan
+    """Of the likeliest token at each place, whichever it is, averaged over the places."""
+    entropy: float = math.nan
+    """Of the next token's distribution, in nats, averaged likewise."""
+
+
+class TokenScores(NamedTuple):
+    """Of each token behind what stands before it, (n,) on the CPU."""
+
+    log_likelihood: Tensor
+    """fp64, in nats."""
+    greedy: Tensor
+    """bool: no token is likelier."""
+    max_probability: Tensor
+    """fp64, of the likeliest token."""
+    entropy: Tensor
+    """fp64, of the distribution, in nats."""
 
 
 @torch.no_grad()
@@ -57,25 +75,30 @@ def continuation_likelihoods(
             hidden = torch.cat((last_hidden, model.model(targets[:, :-1], cache=cache)), dim=1)
             cache.length = width
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        scores, likeliest = _score_tokens(model, hidden[real], targets[real])
-        of_rows = zip(results, lengths, scores.split(lengths), likeliest.split(lengths), strict=True)
-        for result, length, score, greedy in of_rows:
+        scores = score_tokens(model, hidden[real], targets[real])
+        of_rows = zip(results, lengths, *(values.split(lengths) for values in scores), strict=True)
+        for result, length, log_likelihood, greedy, max_probability, entropy in of_rows:
             if length:
-                result.append(Likelihood(score.sum().item(), length, bool(greedy.all())))
+                certainty = max_probability.mean().item(), entropy.mean().item()
+                result.append(Likelihood(log_likelihood.sum().item(), length, bool(greedy.all()), *certainty))
     return results
 
 
-def _score_tokens(model: Llama, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood (n,) fp64 of each target, and whether no token is likelier (n,), on the CPU.
+def score_tokens(model: Llama, hidden: Tensor, targets: Tensor) -> TokenScores:
+    """How likely each target is, and how certain the model.
 
     Args:
         hidden: (n, hidden), normalised; the logits of a chunk of them exist at a time.
         targets: (n,) int64.
     """
     size, _ = chunk_sizes(hidden.device.type, model.config.vocab_size)
-    scores, likeliest = [], []
+    chunks = []
     for chunk, target in zip(hidden.split(size), targets.split(size), strict=True):
         logits = model.lm_head(chunk).float()
-        scores.append(torch.log_softmax(logits, dim=-1).gather(-1, target[:, None])[:, 0])
-        likeliest.append(logits.argmax(dim=-1) == target)
-    return torch.cat(scores).double().cpu(), torch.cat(likeliest).cpu()
+        likeliest = logits.argmax(dim=-1)
+        logs = torch.log_softmax(logits, dim=-1)
+        chosen, largest = logs.gather(-1, torch.stack((target, likeliest), dim=-1)).unbind(dim=-1)
+        entropy = torch.special.entr(logs.exp_()).sum(dim=-1)
+        chunks.append((chosen, likeliest == target, largest.exp(), entropy))
+    chosen, greedy, largest, entropy = (torch.cat(values).cpu() for values in zip(*chunks, strict=True))
+    return TokenScores(chosen.double(), greedy, largest.double(), entropy.double())

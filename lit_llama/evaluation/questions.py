@@ -51,7 +51,7 @@ def read_questions(path: Path | str, need_answers: bool = True) -> list[dict[str
             problem = '"messages" must be a list of {"role", "content"}, roles system, user, assistant, the user last'
         elif row.get("choices") is not None and not (_is_text_list(row["choices"]) and len(row["choices"]) > 1):
             problem = '"choices" must be a list of two texts or more'
-        elif row.get("choices") and not _right_choices(row):
+        elif row.get("choices") and not right_choices(row):
             problem = f"none of the choices is among the answers {row['answers']}"
         elif not isinstance(row.setdefault("id", f"question-{number}"), str | int):
             problem = '"id" must be a text or a number'
@@ -63,6 +63,12 @@ def read_questions(path: Path | str, need_answers: bool = True) -> list[dict[str
     if not rows:
         raise InputError(f"{path} holds no question")
     return rows
+
+
+def spread(rows: Sequence[Any], most: int | None) -> list[Any]:
+    """At most so many rows, taken evenly from all over."""
+    count = min(len(rows), most or len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _is_text_list(value: Any) -> bool:
@@ -241,7 +247,7 @@ def evaluate_choices(
         endings = [[encode_choice(tokenizer, style, text) for text in question["choices"]] for question in asked]
         likelihoods = continuation_likelihoods(model, prompts, endings)
         for question, choices in zip(asked, likelihoods, strict=True):
-            right = _right_choices(question)
+            right = right_choices(question)
             scores: dict[str, list[float]] = {
                 "log_likelihood": [choice.log_likelihood for choice in choices],
                 "per_token": [choice.log_likelihood / choice.tokens for choice in choices],
@@ -266,7 +272,8 @@ def encode_choice(tokenizer: Tokenizer, style: str, text: str) -> list[int]:
     return tokenizer.encode(f" {text}" if spaced else text, continuation=style != "mistral-v3")
 
 
-def _right_choices(question: dict[str, Any]) -> list[int]:
+def right_choices(question: dict[str, Any]) -> list[int]:
+    """Indices of the choices that are right answers."""
     golds = {answer.strip() for answer in question["answers"]}
     return [index for index, text in enumerate(question["choices"]) if text.strip() in golds]
 

@@ -123,6 +123,8 @@ class Resources:
         questions: training questions, rows of a question file with "doc_id".
         generator: writes what templates cannot.
         has_replay: whether there is text of other subjects.
+        questions_of: the questions by their document's id.
+        subjects_of: of each relation and value, in lower case, the subjects that have it.
     """
 
     documents: Sequence[Document]
@@ -131,11 +133,15 @@ class Resources:
     generator: Generator | None = None
     has_replay: bool = False
     questions_of: dict[str, list[dict]] = field(init=False)
+    subjects_of: dict[tuple[str, str], set[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.questions_of = {}
+        self.questions_of, self.subjects_of = {}, {}
         for question in self.questions:
             self.questions_of.setdefault(question["doc_id"], []).append(question)
+        for fact in (fact for document in self.documents for fact in document.facts):
+            for answer in fact.answers:
+                self.subjects_of.setdefault((fact.relation, answer.casefold()), set()).add(fact.subject)
 
 
 class Recipe(Protocol):

@@ -1,0 +1,526 @@
+"""Comparing ways to inject knowledge: what an experiment is, which runs it has, and carrying them out.
+
+A run trains one recipe with one learner at one seed (`finetune/inject.py`) and asks the result closed-book
+(`scripts/evaluate_knowledge.py`); a control asks the base alone. Each is a process of its own, so that one that fails
+or runs out of memory leaves the others alone. Everything a run writes lies in `out_dir/runs/NAME/`:
+
+    run.json          its two commands, by which a finished run is known again
+    trained/          what training wrote; trained-examples/ what it trained on
+    evaluation.json   what it was asked and answered (open_book.json: with the document before its eyes)
+    log.txt           what both processes said
+
+Options are chosen on the questions of split "validation" at the first seed, before any other seed is trained. What the
+runs measured is gathered in `comparison_results`, and shown by `comparison_report`.
+"""
+
+import difflib
+import itertools
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lit_llama.command_line import progress
+from lit_llama.errors import InputError, RunError
+from lit_llama.evaluation.questions import read_questions
+from lit_llama.files import read_json, write_json
+
+HEADLINE, VALIDATION = "injected", "validation"
+"""Splits of questions: what the experiment measures, and what options are chosen by."""
+RAW, QUESTIONS_ONLY = "raw", "qa-only"
+"""Recipes that every experiment has, as controls."""
+CONTEXTS = {"base": "none", "base, document shown": "oracle", "base, BM25 retrieval": "bm25"}
+"""What the base alone is asked with, by the control's name."""
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """Which recipes are tried on which documents, with what, and how the results are measured."""
+
+    checkpoint_dir: Path
+    """The base model."""
+    documents: Path
+    """Folder of the documents to inject."""
+    question_file: Path
+    """Questions to evaluate on, with splits, made by scripts/prepare_questions.py."""
+    out_dir: Path
+    """Folder for runs, results.jsonl, report.md and report.html."""
+    recipes: list[str | dict[str, Any]]
+    """Names, or {name: permute+qa, options: {permute.views: 5}, label: NAME IN THE REPORT}."""
+    tokens: int
+    """Tokens that each run trains on."""
+    learners: dict[str, dict[str, Any]] = field(default_factory=lambda: {"lora": {"learner": "lora"}})
+    """By name {learner: lora or full, any option of finetune/inject.py}; a list of values is a choice to make."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each draws views, order and initial values anew; options are chosen at the first."""
+    facts_file: Path | None = None
+    templates_file: Path | None = None
+    train_questions: Path | None = None
+    """Questions to train on, of documents whose split is "taught"."""
+    replay_dir: Path | None = None
+    """Token store of other text, for recipes with replay."""
+    data_dirs: dict[str, Path] = field(default_factory=dict)
+    """Token stores to measure bits per byte on: {domain: ..., general: ...}."""
+    training_options: dict[str, Any] = field(default_factory=dict)
+    """Further options of finetune/inject.py, for every run."""
+    evaluation_options: dict[str, Any] = field(default_factory=dict)
+    """Further options of scripts/evaluate_knowledge.py."""
+    metric: Literal["exact_match", "f1", "contains"] = "exact_match"
+    cell: str = "direct/unseen"
+    """Form and phrasing of the questions that count."""
+    selection_recipe: str | None = None
+    """Choose a learner's options by this recipe for all of them, instead of for each recipe by itself."""
+    open_book: bool = False
+    """Ask each trained model a second time, with the document shown: did it keep the ability to read?"""
+    devices: list[str] = field(default_factory=lambda: ["auto"])
+    """Where runs are carried out, one at a time on each: cuda:0, cuda:1, ... or cpu, or auto."""
+    threads: int | None = None
+    """CPU threads of a run; as many as torch likes when not given."""
+    keep_only_adapters: bool = False
+    """After a run's evaluation, remove what only a resume needs, and full checkpoints."""
+    action: Literal["run", "plan", "report"] = "run"
+    """run: carry out what is not finished, then report. plan: say what would be run first. report: of what is there."""
+    overwrite: bool = False
+    """Repeat runs whose options have changed since they were carried out."""
+
+
+class RecipeEntry(NamedTuple):
+    """A recipe of the experiment: its name in the report, what inject.py calls it, and its options."""
+
+    label: str
+    name: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, or a control: then without learner and seed. `recipe` and `learner` are names in the report."""
+
+    name: str
+    recipe: str
+    learner: str | None
+    seed: int | None
+    options: dict[str, Any]
+    training: tuple[str, ...] | None
+    """Arguments of `Scripts.train`."""
+    evaluations: dict[str, tuple[str, ...]]
+    """Arguments of `Scripts.evaluate`, by the name of the file that it writes."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a finished run to count."""
+        return {"training": self.training and list(self.training), **{k: list(v) for k, v in self.evaluations.items()}}
+
+
+class Scripts(NamedTuple):
+    """The programs that a run starts."""
+
+    train: Path
+    """As finetune/inject.py."""
+    evaluate: Path
+    """As scripts/evaluate_knowledge.py."""
+
+
+def check_keys(path: Path) -> None:
+    """Raise InputError where an experiment file has a key that there is not; names it and the nearest one."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values, as in checkpoint_dir: ...")
+    _refuse_unknown(f"{path}", content, [item.name for item in fields(Experiment)])
+
+
+def check(experiment: Experiment) -> None:
+    """Raise InputError where an experiment cannot be carried out as it is written; names the key."""
+    for key in ("checkpoint_dir", "documents", "facts_file", "templates_file", "train_questions", "replay_dir"):
+        path = getattr(experiment, key)
+        if path is not None and not path.exists():
+            raise InputError(f"{key}: {path} does not exist")
+    for name, path in experiment.data_dirs.items():
+        if not path.exists():
+            raise InputError(f"data_dirs, {name}: {path} does not exist")
+    if experiment.tokens < 1:
+        raise InputError(f"tokens must be positive, not {experiment.tokens}")
+    for key in ("seeds", "devices", "recipes", "learners"):
+        if not getattr(experiment, key):
+            raise InputError(f"{key}: at least one is needed")
+    if len(set(experiment.seeds)) < len(experiment.seeds):
+        raise InputError(f"seeds: {experiment.seeds} has one twice")
+    for name, entry in experiment.learners.items():
+        if entry.get("learner", name) not in ("lora", "full"):
+            raise InputError(f'learners, {name}: needs "learner: lora" or "learner: full"')
+        if any(isinstance(value, list) and not value for value in entry.values()):
+            raise InputError(f"learners, {name}: an empty list leaves no value to choose")
+    labels = [recipe.label for recipe in recipes(experiment)]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f'recipes: {label!r} is there twice; give one of them another "label"')
+    if experiment.selection_recipe not in (None, *labels):
+        raise InputError(f"selection_recipe: {experiment.selection_recipe!r} is none of {', '.join(labels)}")
+    cells = {(row.get("split"), _cell(row)) for row in read_questions(experiment.question_file)}
+    if (HEADLINE, experiment.cell) not in cells:
+        there = ", ".join(sorted(cell for split, cell in cells if split == HEADLINE)) or "none"
+        raise InputError(
+            f'{experiment.question_file}: no question of split "{HEADLINE}" is {experiment.cell!r} (there: {there}):'
+            " set cell to what is to count"
+        )
+    if (
+        any(len(_grid(entry)) > 1 for entry in experiment.learners.values())
+        and (VALIDATION, experiment.cell) not in cells
+    ):
+        raise InputError(
+            f'{experiment.question_file}: no question of split "{VALIDATION}" is {experiment.cell!r}, by which options'
+            " with several values are chosen: give each option one value, or add such questions"
+        )
+
+
+def _refuse_unknown(place: str, mapping: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in mapping:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise InputError(f"{place}: {key!r} is no key here; did you mean {nearest!r}?")
+
+
+# --- planning
+
+
+def recipes(experiment: Experiment) -> list[RecipeEntry]:
+    """The recipes of an experiment, the controls among them: raw text, and questions alone where there are some.
+
+    Raises:
+        InputError: an entry without name, or with another key than name, options and label.
+    """
+    entries = []
+    for number, entry in enumerate(experiment.recipes, start=1):
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        _refuse_unknown(f"recipes, entry {number}", entry, ("name", "options", "label"))
+        name, options = entry.get("name"), entry.get("options") or {}
+        if not isinstance(name, str) or not isinstance(options, dict):
+            raise InputError(f"recipes, entry {number}: expected {{name: ..., options: {{...}}}}")
+        entries.append(RecipeEntry(entry.get("label", name), name, options))
+    controls = [RAW, QUESTIONS_ONLY] if experiment.train_questions else [RAW]
+    labels = [entry.label for entry in entries]
+    return [RecipeEntry(name, name, {}) for name in controls if name not in labels] + entries
+
+
+def controls(experiment: Experiment) -> list[Run]:
+    """The base alone: closed-book, with the right document shown, and with the one that BM25 finds."""
+    return [
+        Run(f"base.{context}", name, None, None, {}, None, {"evaluation.json": _evaluation(experiment, context)})
+        for name, context in CONTEXTS.items()
+    ]
+
+
+def sweep(experiment: Experiment, recipe: RecipeEntry, learner: str) -> list[Run]:
+    """A run at the first seed for each way to choose the learner's options."""
+    first = experiment.seeds[0]
+    return [_run(experiment, recipe, learner, options, first) for options in _grid(experiment.learners[learner])]
+
+
+def _grid(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    options = {key: value if isinstance(value, list) else [value] for key, value in entry.items() if key != "learner"}
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def _run(experiment: Experiment, recipe: RecipeEntry, learner: str, options: dict[str, Any], seed: int) -> Run:
+    entry = experiment.learners[learner]
+    choices = [key for key, value in entry.items() if isinstance(value, list) and len(value) > 1]
+    chosen = [f"{key.rpartition('.')[2]}={_text(options[key])}" for key in choices]
+    name = ".".join([recipe.label, learner, *chosen, f"seed{seed}"])
+    name = "".join(letter if letter.isalnum() or letter in "+-=._" else "_" for letter in name)
+    trained, kind = experiment.out_dir / "runs" / name / "trained", entry.get("learner", learner)
+    given = {
+        "checkpoint_dir": experiment.checkpoint_dir,
+        "documents": experiment.documents,
+        "recipe": recipe.name,
+        "learner": kind,
+        "out_dir": trained,
+        "tokens": experiment.tokens,
+        "facts_file": experiment.facts_file,
+        "templates_file": experiment.templates_file,
+        "question_file": experiment.train_questions,
+        "replay.data_dir": experiment.replay_dir,
+        "cache_dir": experiment.out_dir / "cache",
+        "seed": seed,
+        **{f"recipes.{key}": value for key, value in recipe.options.items()},
+        **experiment.training_options,
+        **options,
+        "train.seed": seed,
+    }
+    contexts = {"evaluation.json": "none", **({"open_book.json": "oracle"} if experiment.open_book else {})}
+    evaluations = {file: _evaluation(experiment, context, trained, kind) for file, context in contexts.items()}
+    return Run(name, recipe.label, learner, seed, options, _arguments(given), evaluations)
+
+
+def _evaluation(
+    experiment: Experiment, context: str, trained: Path | None = None, learner: str | None = None
+) -> tuple[str, ...]:
+    base = experiment.checkpoint_dir
+    model: dict[str, Path | None] = {"checkpoint_dir": base, "adapter_dir": trained}
+    if learner == "full" and trained is not None:
+        model = {"checkpoint_dir": trained / "checkpoint", "base_dir": base}
+    stores = {name: str(path) for name, path in experiment.data_dirs.items()}
+    return _arguments(
+        {
+            **model,
+            "question_file": experiment.question_file,
+            "documents": experiment.documents,
+            "facts_file": experiment.facts_file,
+            "data_dirs": stores or None,
+            "context": context,
+            **experiment.evaluation_options,
+        }
+    )
+
+
+def _arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
+    given = {name: value for name, value in values.items() if value is not None}
+    return tuple(text for name, value in given.items() for text in (f"--{name}", _text(value)))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
+
+
+# --- carrying out
+
+
+def carry_out(experiment: Experiment, scripts: Scripts) -> list[Run]:
+    """Carry out all runs that are not finished yet, those that choose options first; with action "report", none.
+
+    Returns:
+        The runs that the report is about: controls, and of each recipe and learner the chosen options at every seed; of
+        those whose every attempt to choose failed, the attempts.
+
+    Raises:
+        InputError: a run of an earlier call had other options, and `overwrite` is not set.
+    """
+    sweeps = first_wave(experiment)
+    attempted = list(itertools.chain(*sweeps.values()))
+    execute(experiment, scripts, controls(experiment) + attempted)
+    runs, others = controls(experiment), []
+    for entry in recipes(experiment):
+        for learner in experiment.learners:
+            best = choose(experiment, sweeps[experiment.selection_recipe or entry.label, learner])
+            if best is None:
+                runs += sweep(experiment, entry, learner)
+                continue
+            chosen = [_run(experiment, entry, learner, best.options, seed) for seed in experiment.seeds]
+            runs += chosen
+            others += [run for run in chosen if run not in attempted]
+    execute(experiment, scripts, others)
+    return runs
+
+
+def first_wave(experiment: Experiment) -> dict[tuple[str, str], list[Run]]:
+    """The runs at the first seed that options are chosen by, of each (recipe, learner)."""
+    by = experiment.selection_recipe
+    entries = [entry for entry in recipes(experiment) if by in (None, entry.label)]
+    return {(entry.label, name): sweep(experiment, entry, name) for entry in entries for name in experiment.learners}
+
+
+def choose(experiment: Experiment, attempts: Sequence[Run]) -> Run | None:
+    """The attempt with the best answers on the validation split, the earlier of equals; None if all failed."""
+    if len(attempts) == 1:
+        return attempts[0]
+    scores = {}
+    for number, run in enumerate(attempts):
+        if is_finished(experiment, run):
+            path = directory(experiment, run) / "evaluation.json"
+            found = cell_scores(read_json(path)["rows"], VALIDATION, experiment.cell, experiment.metric)
+            if not found:
+                raise InputError(
+                    f'{path}: no question of split "{VALIDATION}" was asked, to choose options by: ask more'
+                )
+            scores[number] = sum(found) / len(found)
+    return attempts[max(scores, key=scores.get)] if scores else None
+
+
+def directory(experiment: Experiment, run: Run) -> Path:
+    """Where a run's files lie."""
+    return experiment.out_dir / "runs" / run.name
+
+
+def is_finished(experiment: Experiment, run: Run) -> bool:
+    """Whether a run has been evaluated, with the options that it has now."""
+    place = directory(experiment, run)
+    done = all((place / file).is_file() for file in ("run.json", *run.evaluations))
+    return done and read_json(place / "run.json") == run.identity
+
+
+def execute(experiment: Experiment, scripts: Scripts, runs: Sequence[Run]) -> None:
+    """Carry out runs, one at a time on each device; one that fails is told of and leaves the others alone.
+
+    Ctrl-C and a termination signal end the processes, which keep what a resume needs, before this returns.
+    """
+    waiting = [run for run in runs if not is_finished(experiment, run)] if experiment.action == "run" else []
+    for run in waiting:
+        _refuse_other_options(experiment, run)
+    if waiting and len(waiting) < len(runs):
+        progress(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+    devices: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in experiment.devices:
+        devices.put(device)
+    stopping, telling = threading.Event(), threading.Lock()
+
+    def tell(message: str) -> None:
+        with telling:
+            progress(message)
+
+    def work(numbered: tuple[int, Run]) -> None:
+        number, run = numbered
+        if stopping.is_set():
+            return
+        device = devices.get()
+        tell(f"[{number}/{len(waiting)}] {run.name} on {device}")
+        try:
+            _carry_out_one(experiment, scripts, run, device, stopping)
+        except RunError as error:
+            tell(f"{run.name} failed: {error}")
+        finally:
+            devices.put(device)
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(len(experiment.devices)) as pool:
+            try:
+                for _ in pool.map(work, enumerate(waiting, start=1)):
+                    pass
+            except BaseException:
+                stopping.set()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _refuse_other_options(experiment: Experiment, run: Run) -> None:
+    path = directory(experiment, run) / "run.json"
+    if not path.is_file() or experiment.overwrite:
+        return
+    before, now = read_json(path), run.identity
+    for part in now:
+        if part in before and before[part] != now[part]:
+            changed = next(
+                (new for old, new in itertools.zip_longest(before[part] or (), now[part] or ()) if old != new), None
+            )
+            raise InputError(
+                f"{path.parent} holds a run with other arguments ({changed or 'one less now'}): choose another out_dir,"
+                " or pass --overwrite true to repeat it"
+            )
+
+
+def _carry_out_one(experiment: Experiment, scripts: Scripts, run: Run, device: str, stopping: threading.Event) -> None:
+    place = directory(experiment, run)
+    log, trained = place / "log.txt", place / "trained"
+    before = read_json(place / "run.json") if (place / "run.json").is_file() else run.identity
+    same = before["training"] == run.identity["training"]
+    # What other options have made goes before the new ones are on record: else a kill in between made it theirs.
+    if not same:
+        (trained / "report.json").unlink(missing_ok=True)
+    for file in run.evaluations:
+        if not same or before.get(file) != run.identity[file]:
+            (place / file).unlink(missing_ok=True)
+    write_json(place / "run.json", run.identity)
+    if run.training is not None and not (trained / "report.json").is_file():
+        resumable = same and (trained / "state" / "state.json").is_file()
+        begun = any(place.glob("trained*"))  # inject.py keeps its examples beside the directory it is given
+        again = ("--resume", "true") if resumable else ("--overwrite", "true") if begun else ()
+        _call(experiment, [str(scripts.train), *run.training, *again], log, device, stopping)
+    for file, arguments in run.evaluations.items():
+        if not (place / file).is_file():
+            _call(experiment, [str(scripts.evaluate), *arguments, "--out", str(place / file)], log, device, stopping)
+    if experiment.keep_only_adapters:
+        for folder in ("state", "checkpoint"):
+            shutil.rmtree(trained / folder, ignore_errors=True)
+
+
+def _call(experiment: Experiment, command: Sequence[str], log: Path, device: str, stopping: threading.Event) -> None:
+    """Run a Python script to its end, appending what it says to `log`; RunError with its last line if it fails."""
+    environment = {**os.environ, **_device_variables(device)}
+    if experiment.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(experiment.threads)
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"\n$ {' '.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C reaches it through us only, once, and its own children with it
+        )
+        while process.poll() is None:
+            if stopping.wait(0.1):
+                _end(process)
+                raise RunError("interrupted")
+    if process.returncode:
+        raise RunError(last_line(log) or f"left with status {process.returncode}")
+
+
+def _end(process: subprocess.Popen, patience: float = 60.0) -> None:
+    """Ask a process and its children to stop, then make them."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(patience)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _device_variables(device: str) -> dict[str, str]:
+    """Environment that leaves a process the one device."""
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    if not device.startswith("cuda:"):
+        return {}
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    number = int(device.removeprefix("cuda:"))
+    return {"CUDA_VISIBLE_DEVICES": visible[number] if number < len(visible) else str(number)}
+
+
+def last_line(log: Path) -> str:
+    """What a failed process said last: its last line that begins with "error:", else its last line."""
+    if not log.is_file():
+        return ""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = lines[max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=0) :]
+    errors = [line.removeprefix("error:").strip() for line in last if line.startswith("error:")]
+    return (errors or last or [""])[-1]
+
+
+# --- reading
+
+
+def cell_scores(rows: Sequence[Mapping[str, Any]], split: str, cell: str, metric: str) -> list[float]:
+    """The metric of each question of a split, form and phrasing, in their order."""
+    return [float(row[metric]) for row in cell_rows(rows, split, cell)]
+
+
+def cell_rows(rows: Sequence[Mapping[str, Any]], split: str, cell: str) -> list[Mapping[str, Any]]:
+    """The rows of an evaluation that are of a split, form and phrasing, by id."""
+    return sorted(
+        (row for row in rows if (row.get("split"), _cell(row)) == (split, cell)), key=lambda row: str(row["id"])
+    )
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return f"{row.get('form', 'direct')}/{row.get('phrasing', 'unseen')}"
