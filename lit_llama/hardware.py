@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 2**25)  # the largest that glibc takes
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype, measured: bool = False) -> float:
     """Floating-point operations a second that a step could reach at best: the basis of MFU.
 
     The data sheet's figure for a known CUDA card; otherwise, or with `measured`, what a large matrix product reaches
-    here (a second or less).
+    here (a second or less, once a process).
     """
     if device.type == "cuda" and dtype != torch.float32 and not measured:
         name = torch.cuda.get_device_name(device)

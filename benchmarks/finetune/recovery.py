@@ -7,8 +7,10 @@ it, so that the form of the answer is learned and the knowledge is the base's. T
 set of countries. Recovery is (arm - base) / (full - base), for the loss of the responses and for F1 of the answers.
 """
 
+import csv
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
 }
 """Script, options, and the learning rates to choose from."""
 TIERS = {"cpu": {"train": 400, "seeds": 3}, "cuda": {"train": None, "seeds": 5}}
-TEST_QUESTIONS = 160
+TEST_QUESTIONS, TIMED_STEPS = 160, 8
 
 
 def main(
@@ -60,7 +62,7 @@ def main(
     prepare(checkpoint_dir, wheel, work_dir, count)
     steps = -(-json.loads((work_dir / "store/meta.json").read_text())["splits"]["train"]["documents"] // 16)
 
-    def planned(arm: str, rate: float, seed: int) -> Run:
+    def planned(arm: str, rate: float, seed: int, steps_to_time: int | None = None) -> Run:
         script, own, _ = ARMS[arm]
         options = {
             "checkpoint_dir": checkpoint_dir, "data_dir": work_dir / "store", "train.epochs": 2,
@@ -69,8 +71,11 @@ def main(
             "train.weight_decay": 0.0, "train.warmup_steps": 5, "train.seed": seed, "eval.interval": 2 * steps,
             "eval.batch_size": 16, "eval.max_windows": "null",
         }  # fmt: skip
-        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         name = f"{arm.replace(' ', '-')}-rate-{rate:g}-seed-{seed}"
+        if steps_to_time is not None:
+            options |= {"train.max_steps": steps_to_time, "eval.max_windows": 1}
+            name = f"{arm.replace(' ', '-')}-timed"
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         return Run(script, work_dir / name, (*own, *arguments))
 
     def val_loss(one: Run) -> float:
@@ -81,6 +86,9 @@ def main(
     best = {arm: min(losses[arm], key=losses[arm].get) for arm in ARMS}
     finals = {arm: [planned(arm, best[arm], seed) for seed in range(seeds)] for arm in ARMS}
     complete([one for runs in finals.values() for one in runs], workers, threads)
+    # One after the other and over the same batches, so that they are timed under the same conditions.
+    timed = {arm: planned(arm, best[arm], 0, TIMED_STEPS) for arm in ARMS}
+    complete(list(timed.values()), 1, threads)
 
     base = score(checkpoint_dir, None, work_dir, work_dir / "base.json")
     result = {
@@ -110,13 +118,20 @@ def main(
                 metric: interval([(score[metric] - base[metric]) / change[metric] for score in scores[arm]])
                 for metric in ("response_loss", "f1")
             },
-            "training_seconds": interval([report["training_seconds"] for report in reports]),
+            "tokens_per_second": median_speed(timed[arm]),
             "peak_memory_gb": interval([report["peak_memory_gb"] for report in reports]),
         }
     result |= run_environment()
     if out is not None:
         write_json(out, result)
     print(json.dumps(result, indent=2))
+
+
+def median_speed(one: Run) -> float:
+    """Tokens a second of a run's steps, the first left out, which also sets up."""
+    with open(one.out_dir / "metrics.csv", newline="") as file:
+        speeds = [float(row["tokens_per_second"]) for row in csv.DictReader(file) if row["tokens_per_second"]]
+    return statistics.median(speeds[1:])
 
 
 def prepare(checkpoint_dir: Path, wheel: Path, work_dir: Path, count: int | None) -> None:
