@@ -16,7 +16,7 @@ from lit_llama.evaluation.perplexity import store_of_texts
 from lit_llama.evaluation.questions import read_questions
 from lit_llama.files import refuse_overwrite
 from lit_llama.injection.generator import GeneratorConfig, load_generator
-from lit_llama.injection.preparation import open_course, prepare_examples, read_documents, read_resources
+from lit_llama.injection.preparation import open_course, prepare_examples, read_documents, read_resources, texts_of
 from lit_llama.injection.recipes import RecipeOptions, chosen_recipes, plan_of
 from lit_llama.learners import LoRARunArguments, full_learner, lora_learner
 from lit_llama.prompts import detect_style
@@ -43,7 +43,7 @@ class Arguments(LoRARunArguments):
     """Documents, or folders of them: txt, md, html, pdf, jsonl, parquet."""
     recipe: str = "permute"
     """raw, views, permute, paraphrase, study, readcomp, implications, reverse, structure, qa, qa-only, pit, distill,
-    raft, replay, or some of them joined by "+"."""
+    raft, rehearse, replay, or some of them joined by "+"."""
     recipes: RecipeOptions = field(default_factory=RecipeOptions)
     learner: Literal["lora", "full"] = "lora"
     """What is trained: a LoRA adapter (QLoRA with --quantize) or all weights."""
@@ -85,6 +85,7 @@ def main(arguments: Arguments) -> None:
     arguments.eval.probe_style = arguments.eval.probe_style or detect_style(arguments.checkpoint_dir)
     data_dir = arguments.data_dir or arguments.out_dir.with_name(f"{arguments.out_dir.name}-examples")
     documents = read_documents(as_list(arguments.documents))
+    replay = None if replay_dir is None else TokenStore.open(replay_dir, "train", tokenizer.sha256)
     if fabric.is_global_zero:
         generator = None
         if any("generator" in recipe.needs for recipe in recipes):
@@ -95,7 +96,7 @@ def main(arguments: Arguments) -> None:
             arguments.templates_file,
             arguments.question_file,
             generator,
-            has_replay=replay_dir is not None,
+            [] if replay is None else texts_of(replay, tokenizer),
         )
         prepare_examples(
             recipes,
@@ -117,7 +118,6 @@ def main(arguments: Arguments) -> None:
         return TrainingWindows(store, train_config.sequence_length, seed=0, shuffle=False)
 
     plan = plan_of(recipes)
-    replay = None if replay_dir is None else TokenStore.open(replay_dir, "train", tokenizer.sha256)
     windows = open_course(
         data_dir,
         plan,

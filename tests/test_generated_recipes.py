@@ -423,6 +423,13 @@ def test_a_single_answer_is_the_likeliest(lively_checkpoint):
     assert generator.write(NORWAY, "answer", "What is the capital?", 1, 3, 12) == expected
 
 
+def test_many_prompts_are_answered_as_one_by_one(lively_checkpoint):
+    generator = tiny_generator(lively_checkpoint, batch_size=2)
+    pairs = [(NORWAY, "What is the capital?"), (KENYA, "How long is the coast?"), (NORWAY, "Who borders it?")]
+    expected = [generator.write(document, "answer", prompt, 1, 0, 12)[0] for document, prompt in pairs]
+    assert generator.write_each(pairs, "answer", 0, 12) == expected
+
+
 def test_identity_knows_settings_weights_and_adapter(lively_checkpoint, tmp_path):
     model = load_model(lively_checkpoint, torch.float32)
     inject_lora(model, LoRAConfig(r=2))

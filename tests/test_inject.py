@@ -75,9 +75,17 @@ class Scribe:
     ) -> list[str]:
         self.calls[task] += 1
         subject = document.text.split(" ")[0]
+        if task == "question" and subject not in map(str.title, COUNTRIES):
+            return [f"What is an {document.text.split(' ')[1]}{'?' * (self.calls[task] % 3)}"] * count
         if task == "question":
             return [f"What city is the capital of {subject}{'?' if self.calls[task] % 2 else ', by the way?'}"] * count
         return [f"The capital of {subject} is {document.text.split('capital is ')[1].split('.')[0]}"] * count
+
+    def write_each(self, pairs: Sequence[tuple[Document, str]], task: str, seed: int, max_new_tokens: int) -> list[str]:
+        return [
+            self.write(document, task, prompt, 1, seed, max_new_tokens)[0] if document.text else "A frame with beads"
+            for document, prompt in pairs
+        ]
 
 
 def recipes_of(names: str) -> list[Recipe]:
@@ -87,7 +95,7 @@ def recipes_of(names: str) -> list[Recipe]:
 def prepared(folder: Path, checkpoint: Path, names: str, generator: Scribe | None = None) -> Path:
     documents = read_documents([folder / "documents"])
     files = (folder / "facts.jsonl", folder / "templates.yaml", folder / "questions.jsonl")
-    resources = read_resources(documents, *files, generator, has_replay=True)
+    resources = read_resources(documents, *files, generator, ["An abacus is a frame. It has beads."])
     prepare_examples(
         recipes_of(names), resources, folder / "examples", checkpoint, style="chatml", system=None, length=256, seed=0,
         cache_dir=folder / "cache", device=torch.device("cpu"), overwrite=False,
@@ -345,3 +353,21 @@ def test_one_document_gives_one_window_a_view(tmp_path: Path, tiny_checkpoint: P
     store = TokenStore.open(tmp_path / "run-examples/tokens/documents", "train")
     windows = TrainingWindows(store, 128, seed=0)
     assert windows.windows_per_epoch == store.num_documents > 1, process.stderr
+
+
+def test_rehearsal_learns_what_the_base_would_say_anyway(folder: Path, tiny_checkpoint: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    directory = prepared(folder, tiny_checkpoint, "raw+rehearse", Scribe())
+    rows = [json.loads(line) for line in (directory / "examples.jsonl").read_text().splitlines()]
+    rehearsed = [row for row in rows if row["recipe"] == "rehearse" and "reason" not in row]
+    assert rehearsed and all(row["teacher_context"] == "" and "abacus" in row["segments"][0][0] for row in rehearsed)
+    assert any(row.get("reason") == "not a question" for row in rows)
+    store = TokenStore.open(directory / "tokens/rehearsed", "train")
+    batch = collate([TrainingWindows(store, 256, seed=0, shuffle=False, examples="padded")[0]])
+    theirs = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        top = theirs(batch.input_ids).logits[0][batch.targets].topk(20)
+    # No document was read: what is learned is what the base says of itself (its probabilities were taken in bf16).
+    torch.testing.assert_close(batch.teacher_probabilities, top.values.softmax(-1), atol=2e-2, rtol=0.1)
+    assert plan_of(recipes_of("raw+rehearse"))[0].mix == pytest.approx({DOCUMENTS: 0.85, "rehearsed": 0.15})

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -122,20 +122,33 @@ class ModelGenerator:
 
         Half of the context at most is for the answer. Other arguments as in `Generator`.
         """
-        max_new_tokens = min(max_new_tokens, self.model.config.max_position_embeddings // 2)
-        ids = self._encode(document, task, prompt, max_new_tokens)
-        stop = [_NEXT] if self.style == "plain" else stop_strings(self.style)
-        greedy = count == 1 and task in GREEDY_TASKS
-        sampling = SamplingConfig(temperature=0.0 if greedy else self._config.temperature, top_p=self._config.top_p)
         texts = []
         for start in range(0, count, self._config.batch_size):
             samples = min(self._config.batch_size, count - start)
-            sampling = replace(sampling, num_samples=samples, seed=seed + start)
-            answers = [""] * samples
-            for row, text in stream_text(self.model, self.tokenizer, [ids], max_new_tokens, sampling, stop):
-                answers[row] += text
-            texts += [answer.strip() for answer in answers]
+            texts += self._answers([(document, prompt)], task, samples, seed + start, max_new_tokens)
         return texts
+
+    def write_each(self, pairs: Sequence[tuple[Document, str]], task: str, seed: int, max_new_tokens: int) -> list[str]:
+        """One answer to each prompt on its document, `batch_size` of them at a time."""
+        texts = []
+        for start in range(0, len(pairs), self._config.batch_size):
+            batch = pairs[start : start + self._config.batch_size]
+            texts += self._answers(batch, task, 1, seed + start, max_new_tokens)
+        return texts
+
+    def _answers(
+        self, pairs: Sequence[tuple[Document, str]], task: str, samples: int, seed: int, max_new_tokens: int
+    ) -> list[str]:
+        """So many samples for each pair, those of one together."""
+        max_new_tokens = min(max_new_tokens, self.model.config.max_position_embeddings // 2)
+        prompts = [self._encode(document, task, prompt, max_new_tokens) for document, prompt in pairs]
+        stop = [_NEXT] if self.style == "plain" else stop_strings(self.style)
+        temperature = 0.0 if samples == 1 and task in GREEDY_TASKS else self._config.temperature
+        sampling = SamplingConfig(temperature=temperature, top_p=self._config.top_p, num_samples=samples, seed=seed)
+        answers = [""] * (len(pairs) * samples)
+        for row, text in stream_text(self.model, self.tokenizer, prompts, max_new_tokens, sampling, stop):
+            answers[row] += text
+        return [answer.strip() for answer in answers]
 
     def _encode(self, document: Document, task: str, prompt: str, max_new_tokens: int) -> list[int]:
         context = self.model.config.max_position_embeddings
@@ -180,8 +193,8 @@ def list_lines(text: str) -> list[str]:
 
 
 def on_document(text: str, prompt: str) -> str:
-    """What the user says of a document: its text, then the prompt."""
-    return f"{text.strip()}\n\n{prompt}"
+    """What the user says of a document: its text, if there is any, then the prompt."""
+    return f"{text.strip()}\n\n{prompt}".lstrip()
 
 
 def beginning_that_fits(text: str, room: int, encode: Callable[[str], list[int]]) -> str | None:

@@ -112,6 +112,10 @@ class Generator(Protocol):
         """
         ...
 
+    def write_each(self, pairs: Sequence[tuple[Document, str]], task: str, seed: int, max_new_tokens: int) -> list[str]:
+        """One answer to each of many prompts, each on its document; arguments as in `write`."""
+        ...
+
 
 @dataclass
 class Resources:
@@ -122,7 +126,7 @@ class Resources:
         templates: sentences and questions by relation, for facts.
         questions: training questions, rows of a question file with "doc_id".
         generator: writes what templates cannot.
-        has_replay: whether there is text of other subjects.
+        replay_texts: text of other subjects, where there is any.
         questions_of: the questions by their document's id.
         subjects_of: of each relation and value, in lower case, the subjects that have it.
     """
@@ -131,7 +135,7 @@ class Resources:
     templates: Templates | None = None
     questions: Sequence[dict] = ()
     generator: Generator | None = None
-    has_replay: bool = False
+    replay_texts: Sequence[str] = ()
     questions_of: dict[str, list[dict]] = field(init=False)
     subjects_of: dict[tuple[str, str], set[str]] = field(init=False)
 

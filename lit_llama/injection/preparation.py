@@ -100,7 +100,7 @@ def read_resources(
     templates_file: Path | None,
     question_file: Path | None,
     generator: Generator | None,
-    has_replay: bool,
+    replay_texts: Sequence[str] = (),
 ) -> Resources:
     """What recipes may use, with each document's facts put to it; facts and questions on other documents are not used.
 
@@ -130,7 +130,7 @@ def read_resources(
             )
         if len(questions) < len(rows):
             progress(f"{question_file}: {len(rows) - len(questions)} questions on other documents are not used")
-    return Resources(documents, templates, questions, generator, has_replay)
+    return Resources(documents, templates, questions, generator, replay_texts)
 
 
 def with_facts(documents: Sequence[Document], facts: Sequence[Fact]) -> list[Document]:
@@ -145,6 +145,12 @@ def with_facts(documents: Sequence[Document], facts: Sequence[Fact]) -> list[Doc
         title = subjects.pop() if len(subjects) == 1 else document.title
         result.append(replace(document, facts=own, title=title))
     return result
+
+
+def texts_of(store: TokenStore, tokenizer: Tokenizer, most: int = 1000) -> list[str]:
+    """The text of the documents of a store, spread over it."""
+    numbers = range(0, store.num_documents, -(-store.num_documents // most))
+    return [tokenizer.decode(store.document(number)[0].tolist()).strip() for number in numbers]
 
 
 def prepare_examples(
@@ -182,6 +188,7 @@ def prepare_examples(
         "content": _digest([asdict(document) for document in resources.documents], list(resources.questions),
                            None if resources.templates is None else asdict(resources.templates)),
         "generator": None if resources.generator is None else resources.generator.identity,
+        "replay": _digest(list(resources.replay_texts)),
         "tokenizer": tokenizer.sha256,
         "base": fingerprint(checkpoint_dir),
         "style": style,

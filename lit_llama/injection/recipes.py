@@ -13,6 +13,7 @@ from lit_llama.injection.qa import PreInstruction, Qa, QuestionsOnly
 from lit_llama.injection.raft import Raft
 from lit_llama.injection.raw import Raw
 from lit_llama.injection.readcomp import ReadingComprehension
+from lit_llama.injection.rehearse import Rehearse
 from lit_llama.injection.replay import Replay
 from lit_llama.injection.reverse import Reverse
 from lit_llama.injection.structure import Structure
@@ -35,6 +36,7 @@ class RecipeOptions:
     pit: PreInstruction = field(default_factory=PreInstruction)
     distill: Distill = field(default_factory=Distill)
     raft: Raft = field(default_factory=Raft)
+    rehearse: Rehearse = field(default_factory=Rehearse)
     replay: Replay = field(default_factory=Replay)
 
 
@@ -72,7 +74,7 @@ def check_needs(recipes: list[Recipe], resources: Resources) -> None:
         "questions": any(document.id in resources.questions_of for document in resources.documents),
         "headings": any(document.headings for document in resources.documents),
         "generator": resources.generator is not None,
-        "replay": resources.has_replay,
+        "replay": bool(resources.replay_texts),
     }
     for recipe in recipes:
         for need in sorted(recipe.needs):
