@@ -75,8 +75,6 @@ class Scribe:
     ) -> list[str]:
         self.calls[task] += 1
         subject = document.text.split(" ")[0]
-        if task == "question" and subject not in map(str.title, COUNTRIES):
-            return [f"What is an {document.text.split(' ')[1]}{'?' * (self.calls[task] % 3)}"] * count
         if task == "question":
             return [f"What city is the capital of {subject}{'?' if self.calls[task] % 2 else ', by the way?'}"] * count
         return [f"The capital of {subject} is {document.text.split('capital is ')[1].split('.')[0]}"] * count
@@ -95,7 +93,7 @@ def recipes_of(names: str) -> list[Recipe]:
 def prepared(folder: Path, checkpoint: Path, names: str, generator: Scribe | None = None) -> Path:
     documents = read_documents([folder / "documents"])
     files = (folder / "facts.jsonl", folder / "templates.yaml", folder / "questions.jsonl")
-    resources = read_resources(documents, *files, generator, ["An abacus is a frame. It has beads."])
+    resources = read_resources(documents, *files, generator, ["In Rome they count with an Abacus, as in China."])
     prepare_examples(
         recipes_of(names), resources, folder / "examples", checkpoint, style="chatml", system=None, length=256, seed=0,
         cache_dir=folder / "cache", device=torch.device("cpu"), overwrite=False,
@@ -361,8 +359,8 @@ def test_rehearsal_learns_what_the_base_would_say_anyway(folder: Path, tiny_chec
     directory = prepared(folder, tiny_checkpoint, "raw+rehearse", Scribe())
     rows = [json.loads(line) for line in (directory / "examples.jsonl").read_text().splitlines()]
     rehearsed = [row for row in rows if row["recipe"] == "rehearse" and "reason" not in row]
-    assert rehearsed and all(row["teacher_context"] == "" and "abacus" in row["segments"][0][0] for row in rehearsed)
-    assert any(row.get("reason") == "not a question" for row in rows)
+    assert rehearsed and all(row["teacher_context"] == "" for row in rehearsed)
+    assert all(any(name in row["segments"][0][0] for name in ("Abacus", "China", "Rome")) for row in rehearsed)
     store = TokenStore.open(directory / "tokens/rehearsed", "train")
     batch = collate([TrainingWindows(store, 256, seed=0, shuffle=False, examples="padded")[0]])
     theirs = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
