@@ -10,33 +10,40 @@ from conftest import run_script
 from lit_llama.errors import InputError
 from lit_llama.files import write_json
 from lit_llama.injection.arms import SOURCES, TIERS, carry_out, examples_of, runs_of, settings_of
-from lit_llama.injection.claims import CLAIMS, FULL_RATES, LORA_RATES, Results, claims_of, needed_runs
+from lit_llama.injection.claims import (
+    CLAIMS,
+    FULL_RATES,
+    LORA_RATES,
+    Decision,
+    Results,
+    claims_of,
+    corrected,
+    needed_runs,
+)
 from lit_llama.injection.world import RELATIONS, World, WorldSize
 
-PEOPLE = 60
+PEOPLE = 100
 SPLITS = ("known", "injected", "validation", "never")
 
 
 def made_up(shares: dict[str, list[dict[str, float]]], seeds: int = 3) -> Results:
     """Results in which, at each evaluation of a run, that share of each split's people is answered for rightly.
 
-    A split may be told apart by form or relation: "injected/reversed", "injected/birth_date".
+    A split may be told apart by phrasing, form or relation: "injected/unseen", "injected/reversed".
     """
     questions = [
-        {"split": split, "form": "direct", "relation": relation, "doc_id": f"{split}-{person}"}
-        for split in SPLITS
+        {"split": split, "form": "direct", "phrasing": phrasing, "relation": relation, "doc_id": f"{split}-{person}"}
+        for split, phrasing in [*((split, "trained") for split in SPLITS), ("injected", "unseen")]
         for person in range(PEOPLE)
         for relation in RELATIONS
     ]
-    questions += [
-        {"split": "injected", "form": "reversed", "relation": "birth_date", "doc_id": f"injected-{person}"}
-        for person in range(PEOPLE)
-    ]
+    reversed_ones = {"split": "injected", "form": "reversed", "phrasing": "trained", "relation": "birth_date"}
+    questions += [{**reversed_ones, "doc_id": f"injected-{person}"} for person in range(PEOPLE)]
 
     def evaluation(share: dict[str, float]) -> dict:
         right = []
         for row in questions:
-            names = (f"{row['split']}/{row['form']}", f"{row['split']}/{row['relation']}", row["split"])
+            names = (*(f"{row['split']}/{row[key]}" for key in ("phrasing", "form", "relation")), row["split"])
             wanted = next((share[name] for name in names if name in share), 0.0)
             right.append(int(int(row["doc_id"].split("-")[1]) < wanted * PEOPLE))
         return {"exact_match": right, "max_probability": [share.get("sure", 0.5)] * len(questions)}
@@ -58,9 +65,13 @@ def tuned(name: str, **share: float) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def decide(claim_id: str, shares: dict[str, list[dict[str, float]]], tier: str = "cpu") -> str:
+def decision(claim_id: str, shares: dict[str, list[dict[str, float]]], tier: str = "cpu") -> Decision:
     claim = next(claim for claim in CLAIMS if claim.id == claim_id)
-    return claim.decide(made_up(shares), tier).verdict
+    return claim.decide(made_up(shares), tier)
+
+
+def decide(claim_id: str, shares: dict[str, list[dict[str, float]]], tier: str = "cpu") -> str:
+    return decision(claim_id, shares, tier).verdict
 
 
 def test_there_are_nineteen_claims_and_every_tier_says_what_it_runs() -> None:
@@ -88,6 +99,20 @@ def test_no_run_trains_on_questions_about_people_under_test() -> None:
         if source.recipe is None:
             assert set(source.splits) <= {"taught", "known"}
         assert "never" not in source.splits
+
+
+def test_questions_first_and_last_read_the_same() -> None:
+    runs = runs_of(TIERS["cpu"])
+
+    def read(name: str) -> dict[str, float]:
+        parts: dict[str, float] = {}
+        for stage in runs[name].stages:
+            for source, part in stage.mix.items():
+                parts[source] = parts.get(source, 0) + stage.share * part
+        return parts
+
+    assert runs["B questions first"].tokens == runs["B questions last"].tokens
+    assert read("B questions first") == pytest.approx(read("B questions last"))
 
 
 def test_smoke_needs_four_runs() -> None:
@@ -136,6 +161,26 @@ def test_c2_asks_for_the_least_effect() -> None:
     assert decide("C2", low | high, tier="gpu") == "FAIL"
 
 
+def test_c2_shows_unseen_wordings_and_does_not_decide_by_them() -> None:
+    low = tuned("single", **{"injected/unseen": 0.05, "injected": 0.1})
+    c2 = decision("C2", low | tuned("views", **{"injected/unseen": 0.02, "injected": 0.6}))
+    assert c2.verdict == "PASS" and c2.figures.endswith("in unseen wordings 5.0 -> 2.0")
+
+
+def test_p_values_are_corrected_for_the_claims_of_the_table() -> None:
+    alone = {
+        "C2": Decision("PASS", "", 0.02),
+        "C9": Decision("PASS", "", 0.03),
+        "C4": Decision("FAIL", "", 0.5),
+        "C1": Decision("PASS", ""),
+    }
+    together = corrected(alone)
+    # Holm by hand: 3 x 0.02, then 2 x 0.03 (equal), then 0.5; C1 has no difference to test.
+    assert [together[name].p for name in alone] == [pytest.approx(0.06), pytest.approx(0.06), pytest.approx(0.5), None]
+    assert [together[name].verdict for name in alone] == ["INCONCLUSIVE", "INCONCLUSIVE", "FAIL", "PASS"]
+    assert corrected({"C9": alone["C9"]})["C9"].verdict == "PASS"
+
+
 def test_c1_passes_only_where_answers_stay_low() -> None:
     assert decide("C1", tuned("single", injected=0.0)) == "PASS"
     assert decide("C1", tuned("single", injected=0.5)) == "FAIL"
@@ -148,16 +193,19 @@ def test_c6_compares_the_first_attribute_with_the_others() -> None:
 
 def test_c7_needs_both_failure_and_remedy() -> None:
     forward = tuned("forward", **{"injected/reversed": 0.0})
-    assert decide("C7", forward | tuned("reverse", **{"injected/reversed": 0.8})) == "PASS"
+    mended = tuned("reverse", **{"injected/reversed": 0.8})
+    assert decide("C7", forward | mended) == "PASS"
     assert decide("C7", forward | tuned("reverse", **{"injected/reversed": 0.0})) == "FAIL"
+    # Of 100 people chance names one: two right are twice that, with too wide an interval; nobody right is enough.
+    assert decide("C7", tuned("forward", **{"injected/reversed": 0.02}) | mended) == "INCONCLUSIVE"
     unfailing = tuned("forward", **{"injected/reversed": 0.5})
     assert decide("C7", unfailing | tuned("reverse", **{"injected/reversed": 0.9})) == "FAIL"
 
 
 def test_c11_follows_the_order_of_the_means() -> None:
     def runs(*means: float) -> dict[str, list[dict[str, float]]]:
-        names = ("B 1 view", "B 2 views", "B views", "B 20 views")
-        return {name: [{"injected": mean}] for name, mean in zip(names, means, strict=True)}
+        names = ("1 view", "2 views", "views", "20 views")
+        return {f"B {name}, replay 25": [{"injected": mean}] for name, mean in zip(names, means, strict=True)}
 
     assert decide("C11", runs(0.1, 0.3, 0.5, 0.8)) == "PASS"
     assert decide("C11", runs(0.8, 0.5, 0.3, 0.1)) == "FAIL"
@@ -181,8 +229,8 @@ def test_c12_and_c13_look_at_each_learner_at_its_best_rate() -> None:
     attention = {
         run: [{}, {**share, "injected": 0.1}] for run, (_, share) in sweep(LORA_RATES, "attention", 1, 0.5).items()
     }
-    assert decide("C16", base | kept | attention | sweep(FULL_RATES, "full", 1, 0.5)) == "PASS"  # 3e-3 against 5e-4
-    assert decide("C16", base | kept | attention | sweep(FULL_RATES, "full", 2, 0.5)) == "PASS"  # against 1e-3
+    assert decide("C16", base | kept | attention | sweep(FULL_RATES, "full", 1, 0.5)) == "PASS"  # 3e-3 against 2e-4
+    assert decide("C16", base | kept | attention | sweep(FULL_RATES, "full", 2, 0.5)) == "PASS"  # against 5e-4
     assert decide("C16", base | kept | attention | sweep(FULL_RATES, "full", 3, 0.5)) == "INCONCLUSIVE"  # at the edge
 
 
@@ -191,7 +239,31 @@ def test_c14_weighs_what_replay_keeps_against_what_it_costs() -> None:
     half = {"B views, replay 50": [{"known": 1.0, "injected": 0.3}]}
     assert decide("C14", base | half | {"B views, replay 10": [{"known": 0.9, "injected": 0.5}]}) == "PASS"
     assert decide("C14", base | half | {"B views, replay 10": [{"known": 0.3, "injected": 0.5}]}) == "FAIL"
-    assert decide("C14", base | half | {"B views, replay 10": [{"known": 0.9, "injected": 0.1}]}) == "FAIL"
+    costly = {"known": 0.9, "injected": 0.1}
+    assert decide("C14", base | half | {"B views, replay 10": [costly]}) == "FAIL"
+    # The smoke tier shows the cost and leaves it out of the verdict, as its text says.
+    smoke = decision("C14", base | {"B views, replay 25": [costly]}, tier="smoke")
+    assert smoke.verdict == "PASS" and "new costs 40.0" in smoke.figures
+
+
+def test_c5_wants_answers_to_differ_where_recall_does_not() -> None:
+    low, middle = tuned("single", injected=0.1), tuned("multi5", injected=0.2)
+    read = {f"A {name}": [{}] for name in ("single", "multi5", "views")}
+    assert decide("C5", read | low | middle | tuned("views", injected=0.6)) == "PASS"
+    assert decide("C5", read | low | middle | tuned("views", injected=0.1)) == "FAIL"
+
+
+def test_c17_looks_at_a_moment_fixed_beforehand() -> None:
+    def runs(*known: float) -> dict[str, list[dict[str, float]]]:
+        return {
+            "B base": [{"known": 1.0}],
+            "B views": [{"known": share} for share in (1.0, 0.5, 0.3, 0.2)],
+            "B views, replay 10": [{"known": share} for share in known],
+        }
+
+    assert decide("C17", runs(1.0, 0.6, 0.5, 0.9)) == "PASS"
+    # Lower still after that moment and then back where it was: nothing is mended.
+    assert decide("C17", runs(1.0, 0.6, 0.5, 0.2, 0.5)) == "INCONCLUSIVE"
 
 
 def test_c19_wants_confidence_without_knowledge() -> None:
@@ -207,16 +279,17 @@ def test_claims_that_there_are_not_are_refused(tmp_path: Path) -> None:
     assert unknown.returncode == 2 and "'C99' is not one of C1, C2" in unknown.stderr
     elsewhere = run_script("scripts/reproduce_claims.py", *arguments, "--claims", "C15", check=False)
     assert elsewhere.returncode == 2 and "the tier smoke runs none of them" in elsewhere.stderr
+    no_workers = run_script("scripts/reproduce_claims.py", *arguments, "--workers", 0, check=False)
+    assert no_workers.returncode == 2 and "--workers 0 must be at least 1" in no_workers.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_the_smoke_tier(tmp_path: Path) -> None:
-    """It decides both of its claims, neither against the published direction; resuming repeats no run."""
+    """Both of its claims hold; resuming repeats no run."""
     arguments = ("--tier", "smoke", "--out_dir", tmp_path, "--workers", 2)
     first = run_script("scripts/reproduce_claims.py", *arguments)
     claims = json.loads((tmp_path / "smoke/claims.json").read_text())["claims"]
-    verdicts = {name: claim["verdict"] for name, claim in claims.items()}
-    assert verdicts.keys() == {"C2", "C14"} and "FAIL" not in verdicts.values(), first.stdout
+    assert {name: claim["verdict"] for name, claim in claims.items()} == {"C2": "PASS", "C14": "PASS"}, first.stdout
     assert "| C15: a low rank is full when facts are many |" in first.stdout
     assert first.stdout.count("not run at this tier") == 17
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_the_seed_changes_people_and_not_the_words(world: World) -> None:
     assert same.documents == world.documents
     assert other.documents != world.documents
     assert list(other.vocabulary()) == list(world.vocabulary())
+
+
+def test_the_vocabulary_is_that_of_the_attributes_there_are() -> None:
+    small = World(WorldSize({"known": 20}, relations=("birth_city", "company")), seed=0)
+    words = {word.lower() for text in small.vocabulary() for word in re.findall(r"\w+", text)}
+    assert not words & {"january", "1950", "college", "studied"}
+    texts = [person.text for person in small.people("known")]
+    texts += [row["question"] for row in small.questions(("known",)) + small.questions(("known",), "unseen")]
+    assert {word.lower() for text in texts for word in re.findall(r"\w+", text)} <= words
 
 
 def test_words_are_tokens_and_values_are_several(world: World, checkpoint: Path) -> None:
@@ -159,6 +169,17 @@ def test_the_oracle_errs_in_as_many_lines_as_it_is_told(world: World, error: flo
     right = [any(fact.value in line for fact in person.facts) for person, line in lines["swap"]]
     assert sum(right) == pytest.approx((1 - error) * whole, rel=0.15)
     assert all(any(fact.value in line for fact in person.facts) for person, line in lines["drop"])
+
+
+def test_the_oracle_asks_and_answers_about_one_sentence_or_drops_it(world: World) -> None:
+    person = world.people("injected")[0]
+    fact = person.facts[1]
+    for task, right in (("question", f"Where was {person.title} born?"), ("answer", fact.value)):
+        prompt = f"Of this sentence: {fact.fill('{subject} is from {value}.')}"
+        assert Oracle(world).write(person, task, prompt, 2, 0, 9) == [right, right]
+        assert Oracle(world, 1.0, "drop").write(person, task, prompt, 2, 0, 9) == ["", ""]
+    swapped = Oracle(world, 1.0, "swap").write(person, "answer", f"Where was {person.title} born?", 1, 0, 9)[0]
+    assert swapped != fact.value and swapped in world.values["birth_city"]
 
 
 def test_a_generating_recipe_runs_on_the_oracle(world: World) -> None:

@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -86,9 +87,6 @@ def main(
     best = {arm: min(losses[arm], key=losses[arm].get) for arm in ARMS}
     finals = {arm: [planned(arm, best[arm], seed) for seed in range(seeds)] for arm in ARMS}
     complete([one for runs in finals.values() for one in runs], workers, threads)
-    # One after the other and over the same batches, so that they are timed under the same conditions.
-    timed = {arm: planned(arm, best[arm], 0, TIMED_STEPS) for arm in ARMS}
-    complete(list(timed.values()), 1, threads)
 
     base = score(checkpoint_dir, None, work_dir, work_dir / "base.json")
     result = {
@@ -99,11 +97,18 @@ def main(
         "base": base,
         "arms": {},
     }  # fmt: skip
-    scores = {}
-    for arm, runs in finals.items():
-        scores[arm] = [
-            score(*served(checkpoint_dir, arm, one), work_dir, one.out_dir.with_suffix(".json")) for one in runs
-        ]
+
+    def scored(job: tuple[str, Run]) -> dict[str, float]:
+        arm, one = job
+        return score(*served(checkpoint_dir, arm, one), work_dir, one.out_dir.with_name(f"{one.out_dir.name}.json"))
+
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [(arm, one) for arm, runs in finals.items() for one in runs]
+        found = iter(pool.map(scored, jobs))
+    scores = {arm: [next(found) for _ in runs] for arm, runs in finals.items()}
+    # One after the other and over the same batches, so that they are timed under the same conditions.
+    timed = {arm: planned(arm, best[arm], 0, TIMED_STEPS) for arm in ARMS}
+    complete(list(timed.values()), 1, threads)
     full = {metric: interval([score[metric] for score in scores["full"]]) for metric in base}
     for arm, runs in finals.items():
         reports = [read(one, "report.json") for one in runs]

@@ -36,11 +36,12 @@ from lit_llama.prompts import encode_example
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, EvalConfig, TrainConfig, start_fabric, train
 
-NEW = ("taught", "injected", "validation")
-"""People that both tracks inject."""
+OTHERS = ("injected", "validation")
+"""People that a model reads about and is never trained to answer for."""
+NEW = ("taught", *OTHERS)
 WORLD_SEED = 1
-"""The people are the same in all runs of a tier; a run's seed is that of its weights, wordings and order. The people of
-world 0 were looked at while sizes and rates were chosen."""
+"""The people are the same in all runs of a tier; a run's seed is that of its weights, wordings and order. Sizes and
+rates were chosen on the people of other worlds: 0, and 10 to 14."""
 TAG = "From a good source:"
 
 
@@ -73,7 +74,7 @@ class Tier:
 TIERS = {
     "smoke": Tier(
         size=WorldSize(
-            {"known": 64, "taught": 0, "injected": 32, "validation": 16, "never": 16},
+            {"known": 80, "taught": 0, "injected": 64, "validation": 16, "never": 16},
             first_names=40,
             middle_names=40,
             last_names=80,
@@ -86,21 +87,25 @@ TIERS = {
         layers=3,
         reading_tokens=0,
         tuning_tokens=0,
-        base_tokens=400_000,
-        injection_tokens=80_000,
+        base_tokens=340_000,
+        injection_tokens=110_000,
         sequence_length=128,
         batch_size=8,
-        asked=32,
-        evaluations=2,
+        reading_rate=3e-3,
+        injection_rate=1e-3,
+        asked=64,
+        evaluations=1,
     ),
     "cpu": Tier(
-        size=WorldSize({"known": 240, "taught": 100, "injected": 100, "validation": 40, "never": 60}),
+        size=WorldSize({"known": 200, "taught": 100, "injected": 100, "validation": 40, "never": 80}),
         hidden_size=128,
         layers=4,
-        reading_tokens=1_500_000,
-        tuning_tokens=250_000,
-        base_tokens=1_800_000,
-        injection_tokens=400_000,
+        reading_tokens=1_000_000,
+        tuning_tokens=150_000,
+        base_tokens=1_500_000,
+        injection_tokens=300_000,
+        injection_rate=1e-3,
+        asked=80,
     ),
     "gpu": Tier(
         size=WorldSize(
@@ -146,16 +151,17 @@ _MULTI = Views(views=5, permute=False, full_name=False, pronoun=PRONOUN)
 _VIEWS = Views(views=5)
 SOURCES = {
     "single": Source(NEW, SINGLE),
+    "single of the others": Source(OTHERS, SINGLE),
     "multi5": Source(NEW, _MULTI),
     "views": Source(NEW, _VIEWS),
     "views, adjacent": Source(NEW, _VIEWS, adjacent=True),
     "views, tagged": Source(NEW, _VIEWS, prefix=TAG),
     "reversed statements": Source(NEW, Reverse()),
-    "1 view": Source(NEW, replace(_VIEWS, views=1)),
-    "2 views": Source(NEW, replace(_VIEWS, views=2)),
-    "20 views": Source(NEW, replace(_VIEWS, views=20)),
     "views of the taught": Source(("taught",), _VIEWS),
-    "views of the others": Source(("injected", "validation"), _VIEWS),
+    "views of the others": Source(OTHERS, _VIEWS),
+    "1 view of the others": Source(OTHERS, replace(_VIEWS, views=1)),
+    "2 views of the others": Source(OTHERS, replace(_VIEWS, views=2)),
+    "20 views of the others": Source(OTHERS, replace(_VIEWS, views=20)),
     "questions": Source(("taught",)),
     "reversed questions": Source(("taught",), reversed=True),
     "known": Source(("known",), replace(_VIEWS, views=20)),
@@ -185,10 +191,8 @@ class Run:
     """Of the run; by default as many as the tier has."""
 
 
-FULL_RATES, LORA_RATES = (2e-4, 5e-4, 1e-3, 2e-3), (1e-3, 3e-3, 1e-2, 3e-2)
+FULL_RATES, LORA_RATES = (1e-4, 2e-4, 5e-4, 1e-3), (1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates that the two learners are compared over."""
-REPLAY = (10, 25, 50)
-"""Percentages of replay that are tried."""
 TUNING_RATES = (3e-4, 1e-3)
 TUNED = ("single", "multi5", "views", "adjacent", "celebrities", "reverse")
 """Models of track A that are tuned on questions."""
@@ -202,12 +206,12 @@ def runs_of(tier: Tier) -> dict[str, Run]:
         runs.append(Run(name, tuple(Stage(mix, 1 / len(stages)) for mix in stages), **options))
 
     reading = {"tokens": tier.reading_tokens, "learning_rate": tier.reading_rate, "evaluations": 1}
-    tuning = {"tokens": tier.tuning_tokens}
+    tuning = {"tokens": tier.tuning_tokens, "evaluations": 4}
     add("A single", {"single": 1}, **reading)
     add("A multi5", {"multi5": 1}, **reading)
     add("A views", {"views": 1}, **reading)
     add("A adjacent", {"views, adjacent": 1}, **reading)
-    add("A celebrities", {"single": 0.4, "known": 0.6}, **reading | {"tokens": 2.5 * tier.reading_tokens})
+    add("A celebrities", {"single": 0.5, "known": 0.5}, **reading | {"tokens": 2 * tier.reading_tokens})
     add("A reverse", {"views": 0.7, "reversed statements": 0.3}, **reading)
     add(
         "A mixed",
@@ -227,27 +231,34 @@ def runs_of(tier: Tier) -> dict[str, Run]:
     add("B base", KNOWN, **from_nothing)
     add("B documents", {"known": 1}, **from_nothing)
     injection = {"tokens": tier.injection_tokens, "learning_rate": tier.injection_rate, "start": "B base"}
-    add("B single", {"single": 1}, **injection)
-    add("B views", {"views": 1}, **injection)
-    for name in ("1 view", "2 views", "20 views"):
-        add(f"B {name}", {name: 1}, **injection)
-    for percent in REPLAY:
-        for name in ("single", "views"):
-            add(f"B {name}, replay {percent}", {name: 1 - percent / 100} | _share(KNOWN, percent / 100), **injection)
+    at_the_end = injection | {"evaluations": 1}
+    single, views = {"single of the others": 1}, {"views of the others": 1}
+    add("B views", views, **injection)
+    add("B single, replay 25", _with_replay(single, 25), **at_the_end)
+    for name in ("1 view", "2 views", "views", "20 views"):
+        add(f"B {name}, replay 25", _with_replay({f"{name} of the others": 1}, 25), **at_the_end)
+    add("B views, replay 10", _with_replay(views, 10), **injection)
+    add("B views, replay 50", _with_replay(views, 50), **at_the_end)
+    sweep = injection | {"evaluations": 4}
     for rate in FULL_RATES:
-        add(f"B full {rate:g}", {"views": 1}, **injection | {"learning_rate": rate})
+        add(f"B full {rate:g}", views, **sweep | {"learning_rate": rate})
     # One attention layer and one MLP of this shape have 8 and 11 hidden sizes of adapter a rank: 8 of all are 19 here.
     attention = LoRAConfig(r=19, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
     for rate in LORA_RATES:
-        add(f"B lora {rate:g}", {"views": 1}, **injection | {"learning_rate": rate}, lora=LoRAConfig(r=8))
-        add(f"B attention {rate:g}", {"views": 1}, **injection | {"learning_rate": rate}, lora=attention)
+        add(f"B lora {rate:g}", views, **sweep | {"learning_rate": rate}, lora=LoRAConfig(r=8))
+        add(f"B attention {rate:g}", views, **sweep | {"learning_rate": rate}, lora=attention)
     for rank in (1, 8, 64):
-        add(f"B rank {rank}", {"views": 1}, **injection | {"learning_rate": 3e-3}, lora=LoRAConfig(r=rank))
-    ordered = injection | {"start": "B documents"}
+        add(f"B rank {rank}", views, **at_the_end | {"learning_rate": 3e-3}, lora=LoRAConfig(r=rank))
+    # As much of everything in both, and twice the tokens, as questions are half of them.
+    ordered = at_the_end | {"start": "B documents", "tokens": 2 * tier.injection_tokens}
     half = {"questions": 0.5, "views of the taught": 0.5}
-    add("B questions first", {"questions": 1}, half, {"views of the others": 1}, **ordered)
-    add("B questions last", _share(half, 0.5) | {"views of the others": 0.5}, {"questions": 1}, **ordered)
+    add("B questions first", {"questions": 1}, half, views, **ordered)
+    add("B questions last", {"views of the taught": 1 / 3, "views of the others": 2 / 3}, {"questions": 1}, **ordered)
     return {run.name: run for run in runs}
+
+
+def _with_replay(mix: dict[str, float], percent: float) -> dict[str, float]:
+    return _share(mix, 1 - percent / 100) | _share(KNOWN, percent / 100)
 
 
 def _share(mix: dict[str, float], share: float) -> dict[str, float]:
@@ -261,9 +272,9 @@ def carry_out(run: Run, tier: Tier, seed: int, out_dir: Path) -> dict[str, Any]:
         out_dir: of the tier; the run that this one starts from is there already.
 
     Returns:
-        {"questions": [{"split", "form", "relation", "doc_id"}], "evaluations": [{"step", "exact_match": [one a
-        question, 0 or 1], "max_probability": [...]}], the first before training, "recall": share of the value tokens of
-        what was read, "tokens", "seconds"}.
+        {"questions": [{"split", "form", "phrasing", "relation", "doc_id"}], "evaluations": [{"step", "exact_match":
+        [one a question, 0 or 1], "max_probability": [...]}], the first before training, "recall": share of the value
+        tokens of what was read, "tokens", "seconds"}.
     """
     directory = out_dir / f"seed-{seed}" / run.name.replace(" ", "-").replace(",", "")
     result_file = directory / "result.json"
@@ -354,7 +365,7 @@ def _train_and_measure(run: Run, tier: Tier, world: World, seed: int, base: Path
     model, save = (lora_learner if run.lora else full_learner)(fabric, arguments)
     held_out = TrainingWindows(windows[names[0]].store, tier.sequence_length, seed=0, shuffle=False)
     report = train(fabric, model, tokenizer, Corpus(course, held_out, None, [], measure), arguments, save)
-    kept = ("split", "form", "relation", "doc_id")
+    kept = ("split", "form", "phrasing", "relation", "doc_id")
     return {
         "run": run.name,
         "seed": seed,
@@ -366,8 +377,10 @@ def _train_and_measure(run: Run, tier: Tier, world: World, seed: int, base: Path
 
 
 def asked(world: World, tier: Tier) -> list[dict]:
-    """The questions that every run of a tier is asked: one a fact, in a wording of training."""
+    """The questions that every run of a tier is asked: one a fact in a wording of training; those under test, in an
+    unseen one too, and reversed."""
     rows = world.questions(("known", "injected", "validation", "never"), wordings=1)
+    rows += world.questions(("injected",), "unseen", wordings=1)
     rows += world.reversed_questions(("injected",))
     return [row for row in rows if row["split"] == "injected" or int(row["doc_id"].split("-")[1]) < tier.asked]
 

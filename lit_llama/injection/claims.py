@@ -2,8 +2,9 @@
 
 A claim states a direction and the least effect that counts, for each tier that can show it. It passes where the
 difference reaches that and its interval, over seeds and people, is past half of it; it fails where the whole interval
-falls short (`statistics.verdict`). Learning rates and moments to stop are chosen on the people of split "validation";
-only those of split "injected" decide. One that fails stays in the table.
+falls short (`statistics.verdict`). The differences of one table are corrected for their number (`corrected`). Learning
+rates and moments to stop are chosen on the people of split "validation"; only those of split "injected" decide, in
+wordings that training used. One that fails stays in the table.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lit_llama.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, spearman, verdict
+from lit_llama.evaluation.questions import wilson_interval
+from lit_llama.evaluation.statistics import Estimate, bootstrap_mean, holm, paired_difference, spearman, verdict
 from lit_llama.injection.arms import FULL_RATES, LORA_RATES, TUNING_RATES, Run
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -23,6 +25,8 @@ class Decision(NamedTuple):
 
     verdict: Verdict
     figures: str
+    p: float | None = None
+    """Of no difference at all, the largest where several decide together; None where none decides."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,12 @@ class Results:
         split: str = "injected",
         form: str = "direct",
         relation: str | None = None,
+        phrasing: str = "trained",
         when: int | Sequence[int] = -1,
         measure: str = "exact_match",
     ) -> np.ndarray:
         """(seeds, questions), in percent, of an evaluation, the same of all seeds or each seed's own."""
-        chosen = self._chosen(split, form, relation)
+        chosen = self._chosen(split, form, relation, phrasing)
         of_seeds = self._results[run]
         whens = [when] * len(of_seeds) if isinstance(when, int) else when
         rows = [np.array(one["evaluations"][at][measure])[chosen] for one, at in zip(of_seeds, whens, strict=True)]
@@ -75,10 +80,15 @@ class Results:
         """(questions,) whom they are on."""
         return [self._questions[number]["doc_id"] for number in self._chosen(split, form, relation)]
 
-    def mean(self, run: str, split: str = "injected", **options: Any) -> Estimate:
-        """With its interval."""
-        kind = {key: options[key] for key in ("form", "relation") if key in options}
-        return bootstrap_mean(self.scores(run, split, **options), self.people(split, **kind))
+    def rate(self, scores: np.ndarray, split: str = "injected", form: str = "direct") -> Estimate:
+        """Mean score on a split; where all are alike, which no resampling varies, with Wilson's interval on people."""
+        people = self.people(split, form)
+        estimate = bootstrap_mean(scores, people)
+        if estimate.low < estimate.high:
+            return estimate
+        count = len(set(people))
+        low, high = wilson_interval(estimate.value / 100 * count, count)
+        return estimate._replace(low=100 * low, high=100 * high)
 
     def difference(
         self, first: np.ndarray, second: np.ndarray, split: str = "injected", form: str = "direct"
@@ -100,17 +110,33 @@ class Results:
         best = max(runs, key=lambda run: self.curve(run, "validation")[:, 1:].max(axis=1).mean())
         return best, (1 + self.curve(best, "validation")[:, 1:].argmax(axis=1)).tolist()
 
-    def tuned(self, name: str, form: str = "direct", relation: str | None = None) -> np.ndarray:
-        """Scores of a model of track A after questions, stopped on validation people."""
+    def tuned(self, name: str, **kind: Any) -> np.ndarray:
+        """Scores of a model of track A after questions, stopped on validation people; `kind` as in `scores`."""
         run, when = self.best(tuned_runs(name))
-        return self.scores(run, form=form, relation=relation, when=when)
+        return self.scores(run, when=when, **kind)
 
-    def _chosen(self, split: str, form: str, relation: str | None) -> list[int]:
+    def _chosen(self, split: str, form: str, relation: str | None, phrasing: str = "trained") -> list[int]:
+        wanted = (split, form, phrasing)
         return [
             number
             for number, row in enumerate(self._questions)
-            if row["split"] == split and row["form"] == form and relation in (None, row["relation"])
+            if (row["split"], row["form"], row["phrasing"]) == wanted and relation in (None, row["relation"])
         ]
+
+
+def corrected(decisions: dict[str, Decision]) -> dict[str, Decision]:
+    """One table's decisions, by claim, with p-values corrected for their number (Holm 1979).
+
+    What passes alone but not among so many (p above 0.05) is INCONCLUSIVE.
+    """
+    tested = [name for name, decision in decisions.items() if decision.p is not None]
+    p_values = dict(zip(tested, holm([decisions[name].p for name in tested]), strict=True))
+    result = {}
+    for name, decision in decisions.items():
+        p = p_values.get(name)
+        too_many = p is not None and p > 0.05 and decision.verdict == "PASS"
+        result[name] = decision._replace(p=p, verdict="INCONCLUSIVE" if too_many else decision.verdict)
+    return result
 
 
 def tuned_runs(*names: str) -> tuple[str, ...]:
@@ -153,26 +179,30 @@ def _text(estimate: Estimate) -> str:
 
 
 def _c1(results: Results, tier: str) -> Decision:
-    single = bootstrap_mean(results.tuned("single"), results.people())
+    single = results.rate(results.tuned("single"))
     return Decision(_below(single, {"cpu": 10, "gpu": 15}[tier]), f"EM {_text(single)}")
 
 
 def _c2(results: Results, tier: str) -> Decision:
-    if tier == "smoke":
-        views, single = results.scores("B views, replay 25"), results.scores("B single, replay 25")
-        least = 5
-    else:
-        views, single = results.tuned("views"), results.tuned("single")
-        least = {"cpu": 20, "gpu": 65}[tier]
+    least = {"smoke": 5, "cpu": 20, "gpu": 65}[tier]
+
+    def scores(name: str, phrasing: str) -> np.ndarray:
+        if tier == "smoke":
+            return results.scores(f"B {name}, replay 25", phrasing=phrasing)
+        return results.tuned(name, phrasing=phrasing)
+
+    single, views = scores("single", "trained"), scores("views", "trained")
     gain = results.difference(views, single)
-    return Decision(verdict(gain, least), f"EM {single.mean():.1f} -> {views.mean():.1f}, gain {_text(gain)}")
+    unseen = [scores(name, "unseen").mean() for name in ("single", "views")]
+    figures = f"EM {single.mean():.1f} -> {views.mean():.1f}, gain {_text(gain)}"
+    return Decision(verdict(gain, least), f"{figures}; in unseen wordings {unseen[0]:.1f} -> {unseen[1]:.1f}", gain.p)
 
 
 def _c3(results: Results, tier: str) -> Decision:
     single, multi, views = (results.tuned(name) for name in ("single", "multi5", "views"))
     lower, upper = results.difference(multi, single), results.difference(views, multi)
     figures = f"EM {single.mean():.1f} < {multi.mean():.1f} < {views.mean():.1f}; {_text(lower)}, {_text(upper)}"
-    return Decision(_worst(verdict(lower, 0), verdict(upper, 0)), figures)
+    return Decision(_worst(verdict(lower, 0), verdict(upper, 0)), figures, max(lower.p, upper.p))
 
 
 def _c4(results: Results, tier: str) -> Decision:
@@ -180,14 +210,17 @@ def _c4(results: Results, tier: str) -> Decision:
     mixed, single = results.scores(run, when=when), results.tuned("single")
     gain = results.difference(mixed, single)
     least = {"cpu": 0, "gpu": 50}[tier]
-    return Decision(verdict(gain, least), f"EM {single.mean():.1f} -> {mixed.mean():.1f}, gain {_text(gain)}")
+    return Decision(verdict(gain, least), f"EM {single.mean():.1f} -> {mixed.mean():.1f}, gain {_text(gain)}", gain.p)
 
 
 def _c5(results: Results, tier: str) -> Decision:
-    recalls = [results.recall(f"A {name}") for name in ("single", "multi5", "views")]
-    answers = [results.tuned(name).mean() for name in ("single", "multi5", "views")]
-    listed = ", ".join(f"{recall:.1f} / {answer:.1f}" for recall, answer in zip(recalls, answers, strict=True))
-    return Decision(_is(min(recalls) >= 95 and max(answers) - min(answers) >= 10), f"recall / EM {listed}")
+    names = ("single", "multi5", "views")
+    recalls = [results.recall(f"A {name}") for name in names]
+    answers = [results.tuned(name) for name in names]
+    gain = results.difference(answers[-1], answers[0])
+    listed = ", ".join(f"{recall:.1f} / {answer.mean():.1f}" for recall, answer in zip(recalls, answers, strict=True))
+    figures = f"recall / EM {listed}; EM differs by {_text(gain)}"
+    return Decision(_worst(_is(min(recalls) >= 95), verdict(gain, 10)), figures, gain.p)
 
 
 def _c6(results: Results, tier: str) -> Decision:
@@ -195,40 +228,54 @@ def _c6(results: Results, tier: str) -> Decision:
     others = results.tuned("multi5").reshape(len(first), first.shape[1], -1)[:, :, 1:].mean(axis=2)
     factor = {"cpu": 1, "gpu": 2}[tier]
     gain = paired_difference(first, factor * others, results.people(relation="birth_date"))
-    return Decision(verdict(gain, 0), f"birth date {first.mean():.1f}, others {others.mean():.1f}; {_text(gain)}")
+    figures = f"birth date {first.mean():.1f}, others {others.mean():.1f}; {_text(gain)}"
+    return Decision(verdict(gain, 0), figures, gain.p)
 
 
 def _c7(results: Results, tier: str) -> Decision:
-    forward, fixed = results.tuned("forward", form="reversed"), results.tuned("reverse", form="reversed")
-    gain = results.difference(fixed, forward, form="reversed")
-    chance = _below(bootstrap_mean(forward, results.people(form="reversed")), 5)
+    forward, mended = results.tuned("forward", form="reversed"), results.tuned("reverse", form="reversed")
+    gain = results.difference(mended, forward, form="reversed")
+    # Chance is to name any of the people under test. Nobody right of n leaves Wilson's bound at just below 4 / n, so
+    # that an interval cannot end at twice chance; as for least effects, the figure is to reach it and the interval
+    # to leave room for no more than a factor of two.
+    chance = 100 / len(set(results.people(form="reversed")))
+    failing = results.rate(forward, form="reversed")
+    if failing.low > 2 * chance:
+        by_chance = "FAIL"
+    else:
+        by_chance = "PASS" if failing.value <= 2 * chance and failing.high <= 4 * chance else "INCONCLUSIVE"
     least = {"cpu": 30, "gpu": 60}[tier]
-    figures = f"reversed EM {forward.mean():.1f} -> {fixed.mean():.1f}, gain {_text(gain)}"
-    return Decision(_worst(chance, verdict(gain, least)), figures)
+    figures = f"chance {chance:.1f}, reversed EM {_text(failing)} -> {mended.mean():.1f}, gain {_text(gain)}"
+    return Decision(_worst(by_chance, verdict(gain, least)), figures, gain.p)
 
 
 def _c8(results: Results, tier: str) -> Decision:
     views, adjacent = results.tuned("views"), results.tuned("adjacent")
-    if tier == "cpu":
-        result = verdict(results.difference(views / 2, adjacent), 0)
-    else:
-        result = verdict(results.difference(views, adjacent), 50)
-    return Decision(result, f"EM {views.mean():.1f} -> {adjacent.mean():.1f}")
+    # Cpu: half of it is lost.
+    bar = views / 2 if tier == "cpu" else views
+    drop = results.difference(bar, adjacent)
+    least = {"cpu": 0, "gpu": 50}[tier]
+    figures = f"EM {views.mean():.1f} -> {adjacent.mean():.1f}, below {bar.mean():.1f} by {_text(drop)}"
+    return Decision(verdict(drop, least), figures, drop.p)
 
 
 def _c9(results: Results, tier: str) -> Decision:
     gain = results.difference(results.scores("B questions first"), results.scores("B questions last"))
-    return Decision(verdict(gain, {"cpu": 3, "gpu": 8}[tier]), f"EM first less last {_text(gain)}")
+    return Decision(verdict(gain, {"cpu": 3, "gpu": 8}[tier]), f"EM first less last {_text(gain)}", gain.p)
 
 
 def _c10(results: Results, tier: str) -> Decision:
     single, with_others = results.tuned("single"), results.tuned("celebrities")
     gain = results.difference(with_others, single)
     least = {"cpu": 0, "gpu": 40}[tier]
-    return Decision(verdict(gain, least), f"EM {single.mean():.1f} -> {with_others.mean():.1f}, gain {_text(gain)}")
+    figures = f"EM {single.mean():.1f} -> {with_others.mean():.1f}, gain {_text(gain)}"
+    return Decision(verdict(gain, least), figures, gain.p)
 
 
-_VIEWS = {1: "B 1 view", 2: "B 2 views", 5: "B views", 20: "B 20 views"}
+_VIEWS = {
+    count: f"B {name}, replay 25" for count, name in {1: "1 view", 2: "2 views", 5: "views", 20: "20 views"}.items()
+}
+"""With replay: without it a small model forgets how to answer, whatever it has read."""
 
 
 def _c11(results: Results, tier: str) -> Decision:
@@ -236,7 +283,8 @@ def _c11(results: Results, tier: str) -> Decision:
     order = spearman(list(means), list(means.values()))
     gain = results.difference(results.scores(_VIEWS[20]), results.scores(_VIEWS[1]))
     figures = ", ".join(f"K={count}: {mean:.1f}" for count, mean in means.items())
-    return Decision(_worst(verdict(gain, 0), _is(order > 0.8)), f"{figures}; rank correlation {order:.2f}")
+    figures += f"; rank correlation {order:.2f}, 20 against 1 {_text(gain)}"
+    return Decision(_worst(verdict(gain, 0), _is(order > 0.8)), figures, gain.p)
 
 
 _FULL = tuple(f"B full {rate:g}" for rate in FULL_RATES)
@@ -255,7 +303,7 @@ def _c12(results: Results, tier: str) -> Decision:
         f"{full}: new {results.scores(full).mean():.1f}, known {kept_full.mean():.1f}; {lora}: new"
         f" {results.scores(lora).mean():.1f}, known {kept_lora.mean():.1f}; {_text(gain)}"
     )
-    return Decision(verdict(gain, 0), figures)
+    return Decision(verdict(gain, 0), figures, gain.p)
 
 
 def _c13(results: Results, tier: str) -> Decision:
@@ -274,21 +322,24 @@ def _c13(results: Results, tier: str) -> Decision:
 def _c14(results: Results, tier: str) -> Decision:
     replayed = "B views, replay 25" if tier == "smoke" else "B views, replay 10"
     base, none, some = (results.scores(run, "known") for run in ("B base", "B views", replayed))
-    recovered = results.difference(some, (base + none) / 2, "known")
+    undone = results.difference(some, (base + none) / 2, "known")
     cost = results.difference(results.scores("B views"), results.scores(replayed))
-    verdicts = [verdict(recovered, 0), _below(cost, 5)]
-    figures = f"known {base.mean():.1f} -> {none.mean():.1f}, with replay {some.mean():.1f}; new costs {_text(cost)}"
-    if tier != "smoke":
-        more = results.difference(results.scores(replayed), results.scores("B views, replay 50"))
-        verdicts.append(verdict(more, 0))
-        figures += f"; 50 % costs {_text(more)} more"
-    return Decision(_worst(*verdicts), figures)
+    figures = (
+        f"known {base.mean():.1f} -> {none.mean():.1f}, with replay {some.mean():.1f}, {_text(undone)} above half way;"
+        f" new costs {_text(cost)}"
+    )
+    if tier == "smoke":
+        return Decision(verdict(undone, 0), figures, undone.p)
+    more = results.difference(results.scores(replayed), results.scores("B views, replay 50"))
+    result = _worst(verdict(undone, 0), _below(cost, 5), verdict(more, 0))
+    return Decision(result, f"{figures}; 50 % costs {_text(more)} more", max(undone.p, more.p))
 
 
 def _c15(results: Results, tier: str) -> Decision:
     means = [results.scores(f"B rank {rank}") for rank in (1, 8, 64)]
     steps = [results.difference(more, less) for less, more in zip(means, means[1:], strict=False)]
-    return Decision(_worst(*(verdict(step, 0) for step in steps)), " < ".join(f"{mean.mean():.1f}" for mean in means))
+    figures = " < ".join(f"{mean.mean():.1f}" for mean in means)
+    return Decision(_worst(*(verdict(step, 0) for step in steps)), figures, max(step.p for step in steps))
 
 
 def _c16(results: Results, tier: str) -> Decision:
@@ -296,43 +347,47 @@ def _c16(results: Results, tier: str) -> Decision:
     ratio = float(chosen[1].split()[-1]) / float(chosen[0].split()[-1])
     in_range = ratio >= 3 if tier == "cpu" else 5 <= ratio <= 15
     targets = results.difference(results.scores(chosen[1]), results.scores(chosen[2]))
-    at_edge = {chosen[0], chosen[1]} & {_FULL[0], _FULL[-1], _LORA[0], _LORA[-1]}
+    at_edge = [run for run in chosen[:2] if run in (_FULL[0], _FULL[-1], _LORA[0], _LORA[-1])]
     figures = f"{chosen[1]} against {chosen[0]}: ratio {ratio:.1f}; all targets less attention alone {_text(targets)}"
     if at_edge:  # the best may lie beyond the grid
-        return Decision("INCONCLUSIVE", f"{figures}; {at_edge.pop()} is the last of its grid")
-    return Decision(_worst(_is(in_range), verdict(targets, 0)), figures)
+        return Decision("INCONCLUSIVE", f"{figures}; {at_edge[0]} is the last of its grid", targets.p)
+    return Decision(_worst(_is(in_range), verdict(targets, 0)), figures, targets.p)
 
 
 def _c17(results: Results, tier: str) -> Decision:
+    early = 2  # of eight evaluations: fixed beforehand, as the lowest of a curve would recover by chance
     base = results.scores("B base", "known")
-    dip = results.difference(base, results.scores("B views", "known", when=2), "known")
-    curve = results.curve("B views, replay 10", "known").mean(axis=0)
+    dip = results.difference(base, results.scores("B views", "known", when=early), "known")
+    replayed = "B views, replay 10"
     recovered = results.difference(
-        results.scores("B views, replay 10", "known"),
-        results.scores("B views, replay 10", "known", when=int(curve.argmin())),
-        "known",
+        results.scores(replayed, "known"), results.scores(replayed, "known", when=early), "known"
     )
-    listed = " ".join(f"{value:.0f}" for value in curve)
-    figures = f"dip at a quarter {_text(dip)}; with replay {listed}, recovered {_text(recovered)}"
-    return Decision(_worst(verdict(dip, 5), verdict(recovered, 0)), figures)
+    curve = " ".join(f"{value:.0f}" for value in results.curve(replayed, "known").mean(axis=0))
+    figures = f"dip at a quarter {_text(dip)}; with replay {curve}, from a quarter to the end {_text(recovered)}"
+    return Decision(_worst(verdict(dip, 5), verdict(recovered, 0)), figures, max(dip.p, recovered.p))
 
 
 def _c18(results: Results, tier: str) -> Decision:
     plain, tagged = results.tuned("junk"), results.tuned("junk, tagged")
     gain = results.difference(tagged, 2 * plain)
-    return Decision(verdict(gain, 0), f"EM {plain.mean():.1f} -> {tagged.mean():.1f}")
+    figures = f"EM {plain.mean():.1f} -> {tagged.mean():.1f}, above twice {_text(gain)}"
+    return Decision(verdict(gain, 0), figures, gain.p)
 
 
 def _c19(results: Results, tier: str) -> Decision:
     before, after = (results.scores(run, "never", measure="max_probability") for run in ("B base", "B views"))
     surer = results.difference(after, before, "never")
-    right = results.mean("B views", "never")
+    right = results.rate(results.scores("B views", "never"), "never")
     figures = f"max-probability {before.mean():.1f} -> {after.mean():.1f}, {_text(surer)}; EM {_text(right)}"
-    return Decision(_worst(verdict(surer, 0), _below(right, 5)), figures)
+    return Decision(_worst(verdict(surer, 0), _below(right, 5)), figures, surer.p)
 
 
-def _tiers(cpu: str, gpu: str, smoke: str | None = None) -> dict[str, str]:
-    return ({"smoke": smoke} if smoke else {}) | {"cpu": cpu, "gpu": gpu}
+def _tiers(cpu: str, gpu: str, **smoke: str) -> dict[str, str]:
+    return {"cpu": cpu, "gpu": gpu, **smoke}
+
+
+def _alike(asked: str) -> dict[str, str]:
+    return _tiers(asked, asked)
 
 
 _PHYSICS = "Allen-Zhu & Li, arXiv 2309.14316"
@@ -344,11 +399,12 @@ CLAIMS = (
     ),
     Claim(
         "C2", "five permuted views with full names beat a single biography", f"96.6 against 9.7 ({_PHYSICS})",
-        _tiers("gain >= 20", "gain >= 65", smoke="gain >= 5, track B, 25 % replay"), tuned_runs("single", "views"), _c2,
+        _tiers("gain >= 20", "gain >= 65", smoke="gain >= 5, track B, both with 25 % replay"),
+        tuned_runs("single", "views"), _c2,
     ),
     Claim(
         "C3", "five wordings without permutation lie between", f"41.0 ({_PHYSICS})",
-        _tiers("single < multi5 < views", "single < multi5 < views"), tuned_runs("single", "multi5", "views"), _c3,
+        _alike("single < multi5 < views"), tuned_runs("single", "multi5", "views"), _c3,
     ),
     Claim(
         "C4", "questions on half mixed into reading help single biographies", f"86.6 against 9.7 ({_PHYSICS})",
@@ -356,7 +412,7 @@ CLAIMS = (
     ),
     Claim(
         "C5", "recall of the values says nothing about answers", f"above 99 at EM 9.7 ({_PHYSICS})",
-        _tiers("recall >= 95, EM differs", "recall >= 95, EM differs"), tuned_runs("single", "multi5", "views"), _c5,
+        _alike("recall >= 95 (no interval), EM differs by 10"), tuned_runs("single", "multi5", "views"), _c5,
     ),
     Claim(
         "C6", "without permutation the first attribute is the one that can be asked", f"33.5 ({_PHYSICS})",
@@ -365,7 +421,8 @@ CLAIMS = (
     Claim(
         "C7", "reversed questions fail whatever the views, and reversed text mends it",
         "about 0 (Berglund et al., arXiv 2309.12288)",
-        _tiers("forward <= 5, gain >= 30", "forward <= 5, gain >= 60"), tuned_runs("forward", "reverse"), _c7,
+        _tiers("forward <= 2 x chance, gain >= 30", "forward <= 2 x chance, gain >= 60"),
+        tuned_runs("forward", "reverse"), _c7,
     ),
     Claim(
         "C8", "views of one person next to each other in a window undo C2", "97 -> 7 (ykrmm/PhysicsLLM_3.1)",
@@ -383,7 +440,7 @@ CLAIMS = (
     Claim(
         "C11", "answers rise with the number of views, 1, 2, 5, 20, at equal tokens",
         "+8 to +17 points with 10 (Ovadia et al., arXiv 2312.05934)",
-        _tiers("rank correlation > 0.8", "rank correlation > 0.8"), tuple(_VIEWS.values()), _c11,
+        _alike("25 % replay; 20 > 1, rank correlation > 0.8 (no interval)"), tuple(_VIEWS.values()), _c11,
     ),
     Claim(
         "C12", "LoRA forgets less than full training at equal steps",
@@ -392,12 +449,12 @@ CLAIMS = (
     ),
     Claim(
         "C13", "at equal new knowledge the two forget the same", "one frontier (Biderman et al., arXiv 2405.09673)",
-        _tiers("gap < 10", "gap < 10"), _SWEEPS, _c13,
+        _alike("gap < 10"), _SWEEPS, _c13,
     ),
     Claim(
         "C14", "10 % replay undoes half of the forgetting or more, for less than 5 points of the new",
         "1 % helps, 50 % costs (Ibrahim et al., arXiv 2403.08763)",
-        _tiers("and 50 % costs more", "and 50 % costs more", smoke="25 %"),
+        _alike("and 50 % costs more") | {"smoke": "25 % undoes half; the cost is shown and does not decide"},
         ("B views", "B views, replay 10", "B views, replay 50"), _c14,
     ),
     Claim(
@@ -407,12 +464,13 @@ CLAIMS = (
     Claim(
         "C16", "LoRA's best learning rate is many times that of full training; all targets beat attention alone",
         "9.8 x (Schulman et al. 2025)",
-        _tiers("ratio >= 3", "ratio 5 to 15"), _SWEEPS + _ATTENTION, _c16,
+        _tiers("ratio >= 3 (of a grid, no interval)", "ratio 5 to 15 (of a grid, no interval)"),
+        _SWEEPS + _ATTENTION, _c16,
     ),
     Claim(
         "C17", "known people are forgotten early; replay mends the end, not the dip",
         "within hundreds of steps (Zucchet et al., arXiv 2503.21676)",
-        _tiers("dip >= 5", "dip >= 5"), ("B views", "B views, replay 10"), _c17,
+        _alike("dip >= 5"), ("B views", "B views, replay 10"), _c17,
     ),
     Claim(
         "C18", "a source tag rescues useful facts among seven times as much junk",
@@ -422,7 +480,7 @@ CLAIMS = (
     Claim(
         "C19", "of people never read about the model becomes surer, and stays wrong",
         "overconfidence (Zucchet et al., arXiv 2503.21676)",
-        _tiers("surer, EM <= 5", "surer, EM <= 5"), ("B views",), _c19,
+        _alike("surer, EM <= 5"), ("B views",), _c19,
     ),
 )  # fmt: skip
 _SMOKE_RUNS = {"C2": ("B views, replay 25", "B single, replay 25"), "C14": ("B views", "B views, replay 25")}

@@ -190,11 +190,12 @@ class World:
 
     def vocabulary(self) -> Iterator[str]:
         """Texts that hold every word of the world."""
-        dates = map(str, [*_MONTHS, *range(1, 29), *range(1900, 2000)])
-        yield from itertools.chain(*self.names, dates, *self.values.values())
-        for relation, templates in self.templates.relations.items():
-            for texts in (*vars(templates).values(), self.evaluation_statements[relation]):
-                yield from (text.format(subject=PRONOUN, value="") for text in texts)
+        dates = [*_MONTHS, *map(str, [*range(1, 29), *range(1900, 2000)])]
+        words = self.values | {"birth_date": dates, "company_city": self.values["birth_city"]}
+        yield from itertools.chain(*self.names, *(words[relation] for relation in self.size.relations))
+        for relation in self.size.relations:
+            texts = (*vars(self.templates.relations[relation]).values(), self.evaluation_statements[relation])
+            yield from (text.format(subject=PRONOUN, value="") for text in itertools.chain(*texts))
 
     def _person(self, doc_id: str, draw: random.Random, taken: set[str]) -> Document:
         def unused(drawn: Callable[[], str]) -> str:
@@ -334,6 +335,12 @@ class Oracle:
         draw = random.Random(f"{seed} {document.id} {task} {prompt}")
         return [self._answer(document, task, prompt, draw) for _ in range(count)]
 
+    def write_each(
+        self, pairs: Sequence[tuple[Document, str]], task: str, seed: int, max_new_tokens: int
+    ) -> list[str]:
+        """As in `Generator`."""
+        return [self.write(document, task, prompt, 1, seed, max_new_tokens)[0] for document, prompt in pairs]
+
     def _answer(self, document: Document, task: str, prompt: str, draw: random.Random) -> str:
         if task == "strategies":
             return "\n".join(f"Tell what is known of the person in manner {number}." for number in range(1, 6))
@@ -343,7 +350,9 @@ class Oracle:
         if task in ("question", "answer"):
             # The sentence, or the question, that the prompt holds is on one fact.
             about = [fact for fact in facts if fact.value in prompt or self._asks(prompt, fact)] or facts
-            fact = self._erring([about[0]], draw)[0]
+            fact = next(iter(self._erring([about[0]], draw)), None)
+            if fact is None:
+                return ""
             return fact.value if task == "answer" else fact.fill(self._templates.relations[fact.relation].questions[0])
         if task == "questions":
             return "\n".join(
