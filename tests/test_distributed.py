@@ -183,7 +183,9 @@ def sha256(store: Path) -> str:
 
 
 def same(window: Window, other: Window) -> bool:
-    return all(np.array_equal(one, two) and one.dtype == two.dtype for one, two in zip(window[:4], other[:4], strict=True))
+    return all(
+        np.array_equal(one, two) and one.dtype == two.dtype for one, two in zip(window[:4], other[:4], strict=True)
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -132,7 +132,9 @@ def test_a_teacher_s_probabilities_give_the_divergence_from_them(chunk_tokens: i
     full = torch.zeros(len(targets), w.shape[0], dtype=torch.float64).scatter(1, top.indices, probabilities)
     log_softmax = (h.flatten(0, 1)[targets] @ w.T).log_softmax(1)
     expected = F.kl_div(log_softmax, full, reduction="sum")
-    loss = linear_cross_entropy(h, w, labels, "sum", chunk_tokens, targets=targets, teacher=(top.indices, probabilities))
+    loss = linear_cross_entropy(
+        h, w, labels, "sum", chunk_tokens, targets=targets, teacher=(top.indices, probabilities)
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for grad, exact in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, (h, w)), strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-9, atol=1e-12)
