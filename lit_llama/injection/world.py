@@ -335,9 +335,7 @@ class Oracle:
         draw = random.Random(f"{seed} {document.id} {task} {prompt}")
         return [self._answer(document, task, prompt, draw) for _ in range(count)]
 
-    def write_each(
-        self, pairs: Sequence[tuple[Document, str]], task: str, seed: int, max_new_tokens: int
-    ) -> list[str]:
+    def write_each(self, pairs: Sequence[tuple[Document, str]], task: str, seed: int, max_new_tokens: int) -> list[str]:
         """As in `Generator`."""
         return [self.write(document, task, prompt, 1, seed, max_new_tokens)[0] for document, prompt in pairs]
 
