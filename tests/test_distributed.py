@@ -213,7 +213,7 @@ def test_a_shuffled_stream_has_each_window_once_an_epoch_in_an_order_of_its_own(
     streamed = StreamedWindows(str(stream), "train", 32, sha256(store), seed=1)
     mixed = np.random.default_rng(0).permutation(2 * count)  # whatever is asked for before
     both = epoch(0, 1) + epoch(1, 1)
-    assert all(np.stack(streamed[int(i)]).tobytes() == both[i] for i in mixed)
+    assert all(np.stack(streamed[int(i)][:4]).tobytes() == both[i] for i in mixed)
 
 
 def test_replay_comes_at_even_distances(store: Path, stream: Path) -> None:

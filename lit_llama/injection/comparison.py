@@ -274,7 +274,8 @@ def _evaluation(
     model: dict[str, Path | None] = {"checkpoint_dir": base, "adapter_dir": trained}
     if learner == "full" and trained is not None:
         model = {"checkpoint_dir": trained / "checkpoint", "base_dir": base}
-    stores = {name: str(path) for name, path in experiment.data_dirs.items()}
+    # With a document shown only answers count; texts were measured without.
+    stores = {name: str(path) for name, path in experiment.data_dirs.items()} if context == "none" else None
     return _arguments(
         {
             **model,
