@@ -164,6 +164,19 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_yaml(path: Path | str) -> Any:
+    """Read one YAML file; a missing or malformed file is an InputError that names it."""
+    import yaml
+
+    path = Path(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
 def read_jsonl(path: Path | str) -> list[dict]:
     """Read a JSON Lines file of objects; blank lines are skipped, any line that is no object is an InputError."""
     path = Path(path)

@@ -1,9 +1,7 @@
 """Measure a model, with or without an adapter: how well it predicts texts and answers questions, and benchmarks."""
 
 import json
-import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +11,8 @@ from lit_llama.answering import adapter_style, adapter_system
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import counted, run
 from lit_llama.data.packing import TrainingWindows
-from lit_llama.errors import InputError, RunError
-from lit_llama.evaluation.perplexity import evaluate_loss, open_texts
+from lit_llama.errors import InputError
+from lit_llama.evaluation.perplexity import open_texts, score_texts
 from lit_llama.evaluation.questions import (
     encode_questions,
     evaluate_answers,
@@ -146,14 +144,8 @@ def main(
             "dtype": dtype,
         },
         "settings": settings,
-        "perplexity": {},
+        "perplexity": score_texts(model, windows, batch_size, max_windows),
     }
-    for name, text in windows.items():
-        with counted(f"{name}: windows scored") as show:
-            scores = evaluate_loss(model, text, batch_size, max_windows, show)
-        if not math.isfinite(scores.loss):
-            raise RunError(f"{name}: the loss is {scores.loss}; the weights are damaged or overflow in {dtype}")
-        result["perplexity"][name] = asdict(scores)
     if questions or tasks:
         pack_linear_layers(model)  # from here on it only generates
     if questions:

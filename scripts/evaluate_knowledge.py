@@ -1,10 +1,8 @@
 """Measure what a model knows of documents: closed-book or with passages to read, what it recalls and what it forgot."""
 
 import json
-import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +12,7 @@ from lit_llama.answering import adapter_style, adapter_system
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import counted, progress, run
 from lit_llama.data.packing import TrainingWindows
-from lit_llama.errors import InputError, RunError
+from lit_llama.errors import InputError
 from lit_llama.evaluation.knowledge import (
     answer_briefly,
     answer_entropy,
@@ -23,7 +21,7 @@ from lit_llama.evaluation.knowledge import (
     check_knowledge_questions,
     evaluate_knowledge,
 )
-from lit_llama.evaluation.perplexity import evaluate_loss, open_texts
+from lit_llama.evaluation.perplexity import open_texts, score_texts
 from lit_llama.evaluation.questions import encode_questions, read_questions, spread
 from lit_llama.evaluation.recall import is_switchable, kl_to_base, value_recall, without_adapter
 from lit_llama.evaluation.retrieval import with_passages
@@ -176,14 +174,8 @@ def main(
             "dtype": dtype,
         },
         "settings": settings,
-        "texts": {},
+        "texts": score_texts(model, windows, batch_size, max_windows),
     }
-    for name, text in windows.items():
-        with counted(f"{name}: windows scored") as show:
-            scores = evaluate_loss(model, text, batch_size, max_windows, show)
-        if not math.isfinite(scores.loss):
-            raise RunError(f"{name}: the loss is {scores.loss}; the weights are damaged or overflow in {dtype}")
-        result["texts"][name] = asdict(scores)
     result["recall"] = {}
     for split, of_split in to_recall.items():
         with counted(f"{split} documents: windows recalled") as show:

@@ -7,18 +7,19 @@ whole in windows, and only what the assistant says is scored.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lit_llama.command_line import counted
 from lit_llama.data.packing import TrainingWindows, collate
 from lit_llama.data.streaming import StreamedWindows
 from lit_llama.data.token_store import TokenStore, token_dtype
-from lit_llama.errors import InputError
+from lit_llama.errors import InputError, RunError
 from lit_llama.generation import evaluating
 from lit_llama.loss import head_loss
 from lit_llama.model import Llama
@@ -88,6 +89,25 @@ def evaluate_loss(
     loss = total / tokens
     bits_per_byte = None if windows.bytes_per_target is None else loss / math.log(2) / windows.bytes_per_target
     return LossResult(loss, math.exp(min(loss, 700)), bits_per_byte, int(tokens))
+
+
+def score_texts(
+    model: Llama, windows: Mapping[str, TrainingWindows], batch_size: int, max_windows: int | None
+) -> dict[str, dict[str, Any]]:
+    """`evaluate_loss` of each text, as JSON; shows how far it is.
+
+    Raises:
+        RunError: a loss that is not finite; names the text.
+    """
+    results = {}
+    for name, text in windows.items():
+        with counted(f"{name}: windows scored") as show:
+            scores = evaluate_loss(model, text, batch_size, max_windows, show)
+        if not math.isfinite(scores.loss):
+            dtype = model.model.norm.weight.dtype
+            raise RunError(f"{name}: the loss is {scores.loss}; the weights are damaged or overflow in {dtype}")
+        results[name] = asdict(scores)
+    return results
 
 
 def store_of_texts(texts: Sequence[str], tokenizer: Tokenizer, name: str) -> TokenStore:

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError, RunError
 from lit_llama.evaluation.questions import read_questions
-from lit_llama.files import read_json, write_json
+from lit_llama.files import read_json, read_yaml, write_json
 
 HEADLINE, VALIDATION = "injected", "validation"
 """Splits of questions: what the experiment measures, and what options are chosen by."""
@@ -132,14 +132,7 @@ class Scripts(NamedTuple):
 
 def check_keys(path: Path) -> None:
     """Raise InputError where an experiment file has a key that there is not; names it and the nearest one."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, as in checkpoint_dir: ...")
     _refuse_unknown(f"{path}", content, [item.name for item in fields(Experiment)])

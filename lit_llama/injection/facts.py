@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_llama.errors import InputError
-from lit_llama.files import read_jsonl
+from lit_llama.files import read_jsonl, read_yaml
 
 TWO_HOP = "two_hop"
 
@@ -116,14 +116,7 @@ def read_templates(path: Path) -> Templates:
         InputError: no such file, no YAML, an unknown key, or a template with another placeholder than {subject} and
             {value}; names the relation.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: expected templates by relation")
     two_hop = content.pop(TWO_HOP, [])
