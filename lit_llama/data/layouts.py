@@ -46,8 +46,8 @@ class Window(NamedTuple):
     teacher: tuple[np.ndarray, np.ndarray] | None = None
 
 
-PADDING = Window(0, IGNORE_INDEX, 0, PADDING_DOCUMENT)
-"""What fills a window behind its last document."""
+PADDING = (0, IGNORE_INDEX, 0, PADDING_DOCUMENT)
+"""What fills each of the first four fields of a window behind its last document."""
 
 
 class CutDocuments:
@@ -270,7 +270,7 @@ def _numbered_groups(store: TokenStore, documents: np.ndarray) -> np.ndarray | N
 
 
 def _empty(length: int, store: TokenStore) -> Window:
-    window = Window(*(np.full(length, fill, dtype=np.int64) for fill in PADDING[:4]))
+    window = Window(*(np.full(length, fill, dtype=np.int64) for fill in PADDING))
     if store.teacher is None:
         return window
     shape = (length, store.teacher[0].shape[1])

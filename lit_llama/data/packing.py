@@ -41,7 +41,7 @@ def collate(windows: Sequence[Window]) -> Batch:
     if len(lengths) > 1:
         length = -(-length // PADDED_TO) * PADDED_TO
     fields = []
-    for rows, fill in zip(list(zip(*windows, strict=True))[:4], PADDING[:4], strict=True):
+    for rows, fill in zip(zip(*windows, strict=True), PADDING, strict=False):
         padded = [np.pad(row, (0, length - len(row)), constant_values=fill) for row in rows]
         fields.append(torch.from_numpy(np.stack(padded)))
     labels = fields[1].flatten()

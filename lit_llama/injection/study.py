@@ -8,15 +8,7 @@ from typing import ClassVar
 from lit_llama.errors import InputError
 from lit_llama.injection.filters import Seen, copies_prompt, length, sifted
 from lit_llama.injection.generator import list_lines, parts_of
-from lit_llama.injection.interface import (
-    Document,
-    Example,
-    Need,
-    Rejected,
-    Resources,
-    Stage,
-    with_documents,
-)
+from lit_llama.injection.interface import Document, Example, Need, Rejected, Resources, Stage, with_documents
 
 
 @dataclass
