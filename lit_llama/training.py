@@ -11,10 +11,8 @@ as one without the break. Scripts (`pretrain/*.py`) build the model and call `tr
 
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +29,11 @@ from lit_llama.data.token_store import TokenStore
 from lit_llama.errors import InputError, RunError
 from lit_llama.evaluation.perplexity import evaluate_loss
 from lit_llama.evaluation.questions import prompt_of, read_questions, score_answer
+from lit_llama.faults import out_of_memory_explained, stop_on_signal
 from lit_llama.generation import answer_questions
 from lit_llama.hardware import keep_freed_memory, peak_flops, peak_memory_gb
-from lit_llama.lora import LoRAConfig, learning_rate_factors
+from lit_llama.lora import learning_rate_factors
 from lit_llama.loss import head_loss
-from lit_llama.memory_estimate import TrainingSetup, fitting_setups, peak
 from lit_llama.model import Llama
 from lit_llama.optimizer import Optimizer, OptimizerName, learning_rate_at
 from lit_llama.parallel import ReadLater, full_tensor, run_inside, sharded_strategy, sum_over_processes, to_device
@@ -382,7 +380,8 @@ def train(
     ahead = 1 if fabric.device.type == "cuda" else 0
     failed = torch.zeros((), device=fabric.device)
     mark = time.perf_counter()  # since when time counts as training
-    with _stop_on_signal() as signals, files.full_disk_explained(), _out_of_memory_explained(model, arguments, fabric):
+    memory_explained = out_of_memory_explained(model, arguments, fabric.device)
+    with stop_on_signal() as signals, files.full_disk_explained(), memory_explained:
         if state.step == 0:
             evaluate()
         batch = prepare(launched)
@@ -563,61 +562,3 @@ def _local_batch(config: TrainConfig, world_size: int) -> int:
     if config.micro_batch_size < 1 or config.global_batch_size < 1:
         raise InputError("train.micro_batch_size and train.global_batch_size must be at least 1")
     return config.global_batch_size // world_size
-
-
-@contextmanager
-def _out_of_memory_explained(model: Llama, arguments: RunArguments, fabric: Fabric) -> Iterator[None]:
-    """Answer an out-of-memory error with settings that need less, by the estimate of `memory_estimate.py`."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        train = arguments.train
-        adapter = getattr(model, "lora_config", None)
-        if adapter is None and getattr(model, "prompt_tuning_config", None) is not None:
-            adapter = LoRAConfig(r=1)  # the nearest that the estimate knows
-        setup = TrainingSetup(
-            adapter,
-            getattr(arguments, "quantize", None),
-            getattr(arguments, "embeddings", None),
-            train.optimizer,
-            arguments.activations,
-            train.micro_batch_size,
-            train.sequence_length,
-            arguments.dtype,
-            fabric.device.type,
-        )
-        needed = peak(model.config, setup)
-        budget = 0.9 * needed
-        if fabric.device.type == "cuda":
-            budget = min(budget, 0.95 * torch.cuda.get_device_properties(fabric.device).total_memory)
-        lighter = next(fitting_setups(model.config, setup, int(budget)), None)
-        advice = "take a smaller model or a larger card"
-        if lighter is not None:
-            changed = " ".join(lighter.differences(setup))
-            again = "go on with --resume true" if lighter.resumes(setup) else "start again"
-            advice = f"{again} and {changed} (about {peak(model.config, lighter) / 1e9:.1f} GB)"
-        raise RunError(
-            f"out of memory on {fabric.device} at about {needed / 1e9:.1f} GB ({str(error).splitlines()[0][:120]}):"
-            f" {advice}; scripts/estimate_memory.py shows more"
-        ) from None
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying, so that the step under way ends and is saved; a second one kills."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        progress("stopping after this step (once more to stop at once, losing what is not saved)")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
