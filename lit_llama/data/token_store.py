@@ -213,7 +213,7 @@ class TokenStoreWriter:
         self.tokenizer = {"sha256": tokenizer_sha256, "source": tokenizer_source}
         self.sources, self.command = list(sources), command
         self.overwrite = overwrite
-        self.extra = dict(extra or {})
+        self.extra = dict(extra or {}) | ({"teacher_top_k": teacher_top_k} if teacher_top_k else {})
         self._splits: dict[str, _SplitFiles] = {}
 
     def __enter__(self) -> Self:
@@ -315,19 +315,14 @@ class TokenStoreWriter:
             groups = np.frombuffer(files.groups, dtype=np.int64)
             if (groups != NO_GROUP).any():
                 np.save(files.directory / "groups.npy", groups)
-        teacher = {"teacher_top_k": self.teacher_top_k} if self.teacher_top_k else {}
-        meta = (
-            self.extra
-            | teacher
-            | {
-                "format_version": FORMAT_VERSION,
-                "tokenizer": self.tokenizer,
-                "vocab_size": self.vocab_size,
-                "splits": self.counts(),
-                "sources": self.sources,
-                "command": self.command,
-            }
-        )
+        meta = self.extra | {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": self.tokenizer,
+            "vocab_size": self.vocab_size,
+            "splits": self.counts(),
+            "sources": self.sources,
+            "command": self.command,
+        }
         write_json(self.directory / "meta.json", meta)
 
 
