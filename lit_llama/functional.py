@@ -189,9 +189,14 @@ class CausalMask:
         return hidden[:, None]
 
     @property
+    def hides_only_what_follows(self) -> bool:
+        """Whether a query sees every key up to its own."""
+        return self.document_ids is None and self.sliding_window is None
+
+    @property
     def is_causal_only(self) -> bool:
         """Whether plain causality is all there is."""
-        return self.document_ids is None and self.sliding_window is None and not self.prefix
+        return self.hides_only_what_follows and not self.prefix
 
     @cached_property
     def dense(self) -> Tensor:
@@ -385,15 +390,23 @@ def _add_product_(
 
 
 def _attention_weights(grouped: Tensor, keys: Tensor, mask: CausalMask, first_key: int, start: int, end: int) -> Tensor:
-    """softmax(QK^T / sqrt(head_dim)) of a block: (batch * kv_heads, group * (end - start), prefix + end - first_key).
-
-    The scores start as the mask, 0 or -inf, and the product is added onto it: two passes over them less.
-    """
-    hidden = mask.hidden(first_key, start, end)[:, None]  # (batch or 1, 1, 1, end - start, prefix + end - first_key)
-    bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device).masked_fill_(hidden, float("-inf"))
-    scores = bias.expand(*grouped.shape[:3], -1, -1).flatten(2, 3).flatten(0, 1)
+    """softmax(QK^T / sqrt(head_dim)) of a block: (batch * kv_heads, group * (end - start), prefix + end - first_key)."""
+    rows, keys_seen = _rows(grouped, start, end), _seen(keys, mask, first_key, end).transpose(1, 2)
     scale = keys.shape[-1] ** -0.5
-    scores = scores.contiguous().baddbmm_(
-        _rows(grouped, start, end), _seen(keys, mask, first_key, end).transpose(1, 2), alpha=scale
-    )
+    if mask.hides_only_what_follows:
+        # Then it is only among a block's own keys that any are hidden.
+        scores = keys.new_empty(len(rows), rows.shape[1], keys_seen.shape[2])
+        scores.baddbmm_(rows, keys_seen, beta=0, alpha=scale)
+        following = _bias(mask.hidden(start, start, end)[..., mask.prefix :], keys.dtype)[:, 0]
+        scores.unflatten(1, (-1, end - start))[..., start - end :].add_(following)
+    else:
+        # The scores start as the mask, and the product is added onto it: two passes over them less.
+        bias = _bias(mask.hidden(first_key, start, end), keys.dtype)[:, None]
+        scores = bias.expand(*grouped.shape[:3], -1, -1).flatten(2, 3).flatten(0, 1).contiguous()
+        scores.baddbmm_(rows, keys_seen, alpha=scale)
     return torch.softmax(scores, dim=-1)
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))

@@ -150,7 +150,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             q = torch.ones_like(at_targets) if probabilities is None else probabilities[chunk].to(accumulate)
             loss += (q * (_log_or_zero(q) - at_targets)).sum()
             loss += (q.sum(1) * _softmax_(logits, accumulate)).sum()
-            d = logits.scatter_add_(1, target, -q.to(dtype))
+            # scatter_add_ would convert all of bf16 logits to fp32 and back on a CPU.
+            rows = torch.arange(len(h), device=h.device)[:, None]
+            d = logits.index_put_((rows, target), -q.to(dtype), accumulate=True)
             if grad_hidden is not None:
                 grad_hidden[chunk] = _times(d, weight)
             if lora_A is not None:
