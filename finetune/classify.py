@@ -26,6 +26,7 @@ from lit_llama.data.packing import TrainingWindows
 from lit_llama.data.token_store import TokenStore
 from lit_llama.files import write_json
 from lit_llama.lora import LoRAConfig, adapter_parameters, inject_lora, save_adapter, trained_summary
+from lit_llama.mlp_partition import MLPRoutingConfig, route_mlp
 from lit_llama.model import Llama
 from lit_llama.parallel import loading_device
 from lit_llama.quantization import Embeddings, Quantization
@@ -62,6 +63,8 @@ class Arguments(RunArguments):
     """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
     embeddings: Embeddings | None = None
     """Embedding in 8 bits (int8) or in the host's memory (cpu)."""
+    partition: MLPRoutingConfig | None = None
+    """Route tokens through some experts of each MLP; for a checkpoint of scripts/partition_mlp.py."""
 
 
 def main(arguments: Arguments) -> None:
@@ -89,6 +92,8 @@ def main(arguments: Arguments) -> None:
     model = load_model(arguments.checkpoint_dir, arguments.dtype, device, arguments.quantize, arguments.embeddings)
     add_classification_head(model, task.labels)
     inject_lora(model, arguments.lora)
+    if arguments.partition is not None:
+        route_mlp(model, arguments.partition)
 
     def scores(store: TokenStore) -> dict:
         predicted = label_log_probabilities(model, store, batch_size).argmax(-1).tolist()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lit_llama.command_line import run
 from lit_llama.learners import LoRAArguments, lora_learner
+from lit_llama.mlp_partition import MLPRoutingConfig, route_mlp
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, TrainConfig, start_fabric, train
 
@@ -21,6 +22,8 @@ class Arguments(LoRAArguments):
     """
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, learning_rate=2e-4))
+    partition: MLPRoutingConfig | None = None
+    """Route tokens through some experts of each MLP; for a checkpoint of scripts/partition_mlp.py."""
 
 
 def main(arguments: Arguments) -> None:
@@ -28,6 +31,8 @@ def main(arguments: Arguments) -> None:
     tokenizer = Tokenizer.from_checkpoint(arguments.checkpoint_dir)
     corpus = Corpus.open(arguments, tokenizer)
     model, save = lora_learner(fabric, arguments)
+    if arguments.partition is not None:
+        route_mlp(model, arguments.partition)
     train(fabric, model, tokenizer, corpus, arguments, save)
 
 

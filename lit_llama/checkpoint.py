@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_directory, read_json, write_json
+from lit_llama.mlp_partition import MLPPartition
 from lit_llama.model import Llama
 from lit_llama.tokenizer import COMPANION_FILES
 
@@ -82,6 +83,7 @@ def load_model(
     if config.tie_word_embeddings and embeddings is None:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.fingerprint = _fingerprint(stored)
+    model.mlp_partition = MLPPartition.load(checkpoint_dir)
     return model.eval()
 
 
@@ -118,6 +120,8 @@ def save_checkpoint(
     with atomic_directory(checkpoint_dir, overwrite) as directory:
         write_config(directory, model.config, tensors["model.embed_tokens.weight"].dtype)
         write_tensors(directory, tensors, max_shard_size)
+        if (partition := getattr(model, "mlp_partition", None)) is not None:
+            partition.save(directory)
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, directory)
 

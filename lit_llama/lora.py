@@ -22,6 +22,7 @@ from lit_llama.adapter_files import PEFT_PREFIX, fill_parameters, read_adapter_s
 from lit_llama.errors import InputError
 from lit_llama.files import read_json
 from lit_llama.lora_linear import LoRALinear
+from lit_llama.mlp_partition import ROUTED_LORA, route_as_recorded, routing_record
 from lit_llama.prompt_tuning import load_prompt_tuning
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -191,6 +192,7 @@ def stack_lora(model: nn.Module, config: LoRAConfig, adapter_dir: Path | str) ->
     if below.dora or below.modules_to_save or config.dora:
         raise InputError(f"{adapter_dir}: DoRA and modules_to_save cannot be stacked: {instead}")
     state = read_adapter_state(adapter_dir, model.fingerprint)
+    route_as_recorded(model, adapter_dir)
     inject_lora(model, config)
     layers = dict(lora_layers(model))
     for key in [key for key in state if key.endswith(".lora_A.weight")]:
@@ -213,9 +215,11 @@ def merge_lora(model: nn.Module) -> None:
 
     Raises:
         InputError: the base is quantized. Merging into quantized weights and quantizing again loses part of the update;
-            merge into the unquantized checkpoint instead.
+            merge into the unquantized checkpoint instead. Or its MLPs route, which no merged weight can do.
     """
     layers = list(lora_layers(model))
+    if getattr(model, "mlp_routing", None) is not None:
+        raise InputError("the adapter was trained with routed MLPs, which a merged checkpoint would not route: keep it")
     for name, layer in layers:
         if not isinstance(layer.linear, nn.Linear):
             raise InputError(f"{name} is quantized: merge the adapter into the unquantized base instead")
@@ -349,14 +353,14 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
         "modules_to_save": saved_modules or None,
         "ensure_weight_tying": bool(saved_modules) and model.config.tie_word_embeddings,
     }
-    write_adapter(adapter_dir, description, adapter_state(model), model.fingerprint)
+    write_adapter(adapter_dir, description | routing_record(model), adapter_state(model), model.fingerprint)
 
 
 def read_adapter_config(adapter_dir: Path | str) -> LoRAConfig:
     """The LoRAConfig of an adapter directory; PEFT options that this project does not implement are refused by name."""
     path = Path(adapter_dir) / "adapter_config.json"
     stated = read_json(path)
-    if stated.get("peft_type") != "LORA":
+    if stated.get("peft_type") not in ("LORA", ROUTED_LORA):
         raise InputError(f"{path}: peft_type is {stated.get('peft_type')!r}; only 'LORA' is supported")
     plain_values: dict[str, tuple] = {
         "alora_invocation_tokens": (None,),
@@ -412,7 +416,7 @@ def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
         InputError: no such adapter, an unsupported kind, tensors that do not fit the model, or a base other than the
             one it was trained on.
     """
-    if read_json(Path(adapter_dir) / "adapter_config.json").get("peft_type") != "LORA":
+    if read_json(Path(adapter_dir) / "adapter_config.json").get("peft_type") not in ("LORA", ROUTED_LORA):
         load_prompt_tuning(model, adapter_dir)
         return
     config = read_adapter_config(adapter_dir)
@@ -432,5 +436,6 @@ def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
             _untie_head(model)
         else:
             config.modules_to_save = list(_TIED)
+    route_as_recorded(model, adapter_dir)
     inject_lora(model, config)
     fill_parameters(adapter_parameters(model), state, adapter_dir)

@@ -275,6 +275,8 @@ class KVCache:
         self.max_length = max_length
         self.sliding_window = config.sliding_window
         self.padding = padding
+        self.row_state: dict[str, Tensor] = {}
+        """What else is to be remembered of each row, (batch, ...) each, by whatever wraps the model."""
         self.length = 0
         """Tokens held, padding included."""
         self.mask: Tensor | None = None
@@ -337,6 +339,7 @@ class KVCache:
         self.values = [values[rows] for values in self.values]
         if self.padding is not None:
             self.padding = self.padding[rows]
+        self.row_state = {name: state[rows] for name, state in self.row_state.items()}
 
 
 def _round_up(length: int) -> int:

@@ -167,10 +167,28 @@ def test_options_are_chosen_on_validation_at_the_first_seed(tmp_path: Path, scri
     assert not any("learning_rate=0.1.seed1" in name for name in trained)
 
 
+def test_only_the_best_and_the_controls_get_further_seeds(tmp_path: Path, scripts: Scripts) -> None:
+    learners = {"lora": {}, "full": {"recipes": ["slow"], "train.learning_rate": [0.1, 0.2]}}
+    experiment = experiment_in(tmp_path, recipes=["slow", "permute"], learners=learners, best=1)
+    runs = [run for run in carry_out(experiment, scripts) if run.learner]
+    assert sorted(names(runs)) == [
+        *(f"permute.lora.seed{seed}" for seed in (0, 1)),
+        *(f"qa-only.lora.seed{seed}" for seed in (0, 1)),
+        *(f"raw.full.learning_rate=0.2.seed{seed}" for seed in (0, 1)),
+        *(f"raw.lora.seed{seed}" for seed in (0, 1)),
+        *(f"slow.full.learning_rate=0.2.seed{seed}" for seed in (0, 1)),
+        "slow.lora.seed0",
+    ]
+    results = summarise(experiment, collect(experiment, runs))
+    assert [(arm.recipe, len(arm.finished)) for arm in results.arms][-1] == ("slow", 1)  # though raw answers less
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"seeds": [1, 1]}, "has one twice"),
+        ({"best": 0}, "best must be positive"),
+        ({"learners": {"lora": {"recipes": ["pit"]}}}, "learners, lora: recipe 'pit' is none of raw, qa-only, permute"),
         ({"recipes": ["permute", "permute"]}, "'permute' is there twice"),
         ({"recipes": [{"name": "permute", "option": {}}]}, "'option' is no key here; did you mean 'options'"),
         ({"selection_recipe": "pit"}, "'pit' is none of raw, qa-only, permute"),

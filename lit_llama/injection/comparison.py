@@ -59,9 +59,13 @@ class Experiment:
     tokens: int
     """Tokens that each run trains on."""
     learners: dict[str, dict[str, Any]] = field(default_factory=lambda: {"lora": {"learner": "lora"}})
-    """By name {learner: lora or full, any option of finetune/inject.py}; a list of values is a choice to make."""
+    """By name {learner: lora or full, any option of finetune/inject.py}; a list of values is a choice to make.
+    recipes: [...] lets a learner try those and raw only."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each draws views, order and initial values anew; options are chosen at the first."""
+    best: int | None = None
+    """Train further seeds of so many of a learner's recipes only, those that answer most of the validation questions
+    at the first seed, and of the controls; by default of all."""
     facts_file: Path | None = None
     templates_file: Path | None = None
     train_questions: Path | None = None
@@ -159,7 +163,13 @@ def check(experiment: Experiment) -> None:
             raise InputError(f'learners, {name}: needs "learner: lora" or "learner: full"')
         if any(isinstance(value, list) and not value for value in entry.values()):
             raise InputError(f"learners, {name}: an empty list leaves no value to choose")
+    if experiment.best is not None and experiment.best < 1:
+        raise InputError(f"best must be positive, not {experiment.best}")
     labels = [recipe.label for recipe in recipes(experiment)]
+    for name, entry in experiment.learners.items():
+        unknown = [label for label in entry.get("recipes", ()) if label not in labels]
+        if unknown:
+            raise InputError(f"learners, {name}: recipe {unknown[0]!r} is none of {', '.join(labels)}")
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f'recipes: {label!r} is there twice; give one of them another "label"')
@@ -172,13 +182,12 @@ def check(experiment: Experiment) -> None:
             f'{experiment.question_file}: no question of split "{HEADLINE}" is {experiment.cell!r} (there: {there}):'
             " set cell to what is to count"
         )
-    if (
-        any(len(_grid(entry)) > 1 for entry in experiment.learners.values())
-        and (VALIDATION, experiment.cell) not in cells
-    ):
+    choices = experiment.best is not None or any(len(_grid(entry)) > 1 for entry in experiment.learners.values())
+    if choices and (VALIDATION, experiment.cell) not in cells:
         raise InputError(
             f'{experiment.question_file}: no question of split "{VALIDATION}" is {experiment.cell!r}, by which options'
-            " with several values are chosen: give each option one value, or add such questions"
+            " with several values and the best recipes are chosen: give each option one value and leave out best, or"
+            " add such questions"
         )
 
 
@@ -211,6 +220,12 @@ def recipes(experiment: Experiment) -> list[RecipeEntry]:
     return [RecipeEntry(name, name, {}) for name in controls if name not in labels] + entries
 
 
+def recipes_of(experiment: Experiment, learner: str) -> list[RecipeEntry]:
+    """The recipes that a learner tries."""
+    wanted = experiment.learners[learner].get("recipes")
+    return [entry for entry in recipes(experiment) if wanted is None or entry.label in (RAW, *wanted)]
+
+
 def controls(experiment: Experiment) -> list[Run]:
     """The base alone: closed-book, with the right document shown, and with the one that BM25 finds."""
     return [
@@ -226,13 +241,14 @@ def sweep(experiment: Experiment, recipe: RecipeEntry, learner: str) -> list[Run
 
 
 def _grid(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    options = {key: value if isinstance(value, list) else [value] for key, value in entry.items() if key != "learner"}
+    options = {key: value for key, value in entry.items() if key not in ("learner", "recipes")}
+    options = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 
 def _run(experiment: Experiment, recipe: RecipeEntry, learner: str, options: dict[str, Any], seed: int) -> Run:
     entry = experiment.learners[learner]
-    choices = [key for key, value in entry.items() if isinstance(value, list) and len(value) > 1]
+    choices = [key for key in options if isinstance(entry[key], list) and len(entry[key]) > 1]
     chosen = [f"{key.rpartition('.')[2]}={_text(options[key])}" for key in choices]
     name = ".".join([recipe.label, learner, *chosen, f"seed{seed}"])
     name = "".join(letter if letter.isalnum() or letter in "+-=._" else "_" for letter in name)
@@ -298,51 +314,77 @@ def carry_out(experiment: Experiment, scripts: Scripts) -> list[Run]:
     """Carry out all runs that are not finished yet, those that choose options first; with action "report", none.
 
     Returns:
-        The runs that the report is about: controls, and of each recipe and learner the chosen options at every seed; of
-        those whose every attempt to choose failed, the attempts.
+        The runs that the report is about: controls, and of each recipe and learner the chosen options at every seed
+        that it is trained at; of those whose every attempt to choose failed, the attempts.
 
     Raises:
         InputError: a run of an earlier call had other options, and `overwrite` is not set.
     """
     sweeps = first_wave(experiment)
-    attempted = list(itertools.chain(*sweeps.values()))
-    execute(experiment, scripts, controls(experiment) + attempted)
-    runs, others = controls(experiment), []
-    for entry in recipes(experiment):
-        for learner in experiment.learners:
+    runs, attempted = controls(experiment), list(itertools.chain(*sweeps.values()))
+    execute(experiment, scripts, runs + attempted)
+    first: dict[str, list[tuple[RecipeEntry, Run]]] = {}
+    for learner in experiment.learners:
+        first[learner] = []
+        for entry in recipes_of(experiment, learner):
             best = choose(experiment, sweeps[experiment.selection_recipe or entry.label, learner])
             if best is None:
                 runs += sweep(experiment, entry, learner)
-                continue
-            chosen = [_run(experiment, entry, learner, best.options, seed) for seed in experiment.seeds]
-            runs += chosen
-            others += [run for run in chosen if run not in attempted]
-    execute(experiment, scripts, others)
-    return runs
+            else:
+                first[learner].append((entry, _run(experiment, entry, learner, best.options, experiment.seeds[0])))
+    at_first = [run for tried in first.values() for _, run in tried]
+    execute(experiment, scripts, [run for run in at_first if run not in attempted])
+    further = [
+        _run(experiment, entry, learner, run.options, seed)
+        for learner, tried in first.items()
+        for entry, run in _most_promising(experiment, tried)
+        for seed in experiment.seeds[1:]
+    ]
+    execute(experiment, scripts, further)
+    return runs + at_first + further
 
 
 def first_wave(experiment: Experiment) -> dict[tuple[str, str], list[Run]]:
     """The runs at the first seed that options are chosen by, of each (recipe, learner)."""
     by = experiment.selection_recipe
-    entries = [entry for entry in recipes(experiment) if by in (None, entry.label)]
-    return {(entry.label, name): sweep(experiment, entry, name) for entry in entries for name in experiment.learners}
+    return {
+        (entry.label, name): sweep(experiment, entry, name)
+        for name in experiment.learners
+        for entry in (recipes(experiment) if by else recipes_of(experiment, name))
+        if by in (None, entry.label)
+    }
+
+
+def _most_promising(experiment: Experiment, tried: list[tuple[RecipeEntry, Run]]) -> list[tuple[RecipeEntry, Run]]:
+    """Of a learner's recipes and their runs at the first seed those that are trained at the others as well."""
+    if experiment.best is None:
+        return tried
+    scores = {
+        entry.label: score
+        for entry, run in tried
+        if entry.label not in (RAW, QUESTIONS_ONLY) and (score := validation_score(experiment, run)) is not None
+    }
+    best = sorted(scores, key=scores.get, reverse=True)[: experiment.best]
+    return [pair for pair in tried if pair[0].label in (RAW, QUESTIONS_ONLY, *best)]
 
 
 def choose(experiment: Experiment, attempts: Sequence[Run]) -> Run | None:
     """The attempt with the best answers on the validation split, the earlier of equals; None if all failed."""
     if len(attempts) == 1:
         return attempts[0]
-    scores = {}
-    for number, run in enumerate(attempts):
-        if is_finished(experiment, run):
-            path = directory(experiment, run) / "evaluation.json"
-            found = cell_scores(read_json(path)["rows"], VALIDATION, experiment.cell, experiment.metric)
-            if not found:
-                raise InputError(
-                    f'{path}: no question of split "{VALIDATION}" was asked, to choose options by: ask more'
-                )
-            scores[number] = sum(found) / len(found)
-    return attempts[max(scores, key=scores.get)] if scores else None
+    scores = [(score, run) for run in attempts if (score := validation_score(experiment, run)) is not None]
+    return max(scores, key=lambda scored: scored[0])[1] if scores else None
+
+
+def validation_score(experiment: Experiment, run: Run) -> float | None:
+    """Share of the validation questions that a run answers; None where it did not finish."""
+    if not is_finished(experiment, run):
+        return None
+    path = directory(experiment, run) / "evaluation.json"
+    found = cell_scores(read_json(path)["rows"], VALIDATION, experiment.cell, experiment.metric)
+    if not found:
+        raise InputError(f'{path}: no question of split "{VALIDATION}" was asked, to choose by: ask more')
+    return sum(found) / len(found)
 
 
 def directory(experiment: Experiment, run: Run) -> Path:

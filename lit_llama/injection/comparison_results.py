@@ -122,7 +122,8 @@ class Arm:
 
 @dataclass
 class Results:
-    """All arms of an experiment, the best first, and what they are compared with."""
+    """All arms of an experiment, the best first, and what they are compared with; arms with one seed, where others
+    have more, come behind."""
 
     experiment: Experiment
     arms: list[Arm]
@@ -178,7 +179,9 @@ def summarise(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> Results
             arms.append(Arm(recipe, learner, members, table, estimate(table, entities)))
     named = {name: context for context, name in zip(CONTEXTS.values(), CONTEXTS, strict=True)}
     controls = {named[arm.recipe]: arm for arm in arms if arm.learner is None}
-    trained = sorted((arm for arm in arms if arm.learner is not None), key=lambda arm: -arm.headline.value)
+    trained = [arm for arm in arms if arm.learner is not None]
+    most = max((len(arm.finished) for arm in trained), default=0)
+    trained.sort(key=lambda arm: (len(arm.finished) == 1 < most, -arm.headline.value))
     failed = [row for row in rows if row["status"] != "finished"]
     results = Results(experiment, trained, controls, failed, entities, environment)
     compared = []
@@ -223,7 +226,7 @@ def verdict(results: Results) -> list[str]:
         return ["No run finished: there is nothing to compare yet."]
     sentences = [_against_raw(results, winner), *_runner_up(results, winner), *_control_sentences(results, winner)]
     sentences += [_forgetting(results, winner), _cost(winner)]
-    seeds = min(len(arm.finished) for arm in results.arms)
+    seeds = len(winner.finished)
     if seeds < 3:
         sentences.append(
             f"With {_count(seeds, 'seed')} this is a first look: 3 are usual to explore, 5 for a claim, and intervals"
