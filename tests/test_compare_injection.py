@@ -168,7 +168,7 @@ def test_options_are_chosen_on_validation_at_the_first_seed(tmp_path: Path, scri
 
 
 def test_only_the_best_and_the_controls_get_further_seeds(tmp_path: Path, scripts: Scripts) -> None:
-    learners = {"lora": {}, "full": {"recipes": ["slow"], "train.learning_rate": [0.1, 0.2]}}
+    learners = {"lora": {}, "full": {"recipes": ["raw", "slow"], "train.learning_rate": [0.1, 0.2]}}
     experiment = experiment_in(tmp_path, recipes=["slow", "permute"], learners=learners, best=1)
     runs = [run for run in carry_out(experiment, scripts) if run.learner]
     assert sorted(names(runs)) == [

@@ -60,7 +60,7 @@ class Experiment:
     """Tokens that each run trains on."""
     learners: dict[str, dict[str, Any]] = field(default_factory=lambda: {"lora": {"learner": "lora"}})
     """By name {learner: lora or full, any option of finetune/inject.py}; a list of values is a choice to make.
-    recipes: [...] lets a learner try those and raw only."""
+    recipes: [...] lets a learner try those only."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each draws views, order and initial values anew; options are chosen at the first."""
     best: int | None = None
@@ -223,7 +223,7 @@ def recipes(experiment: Experiment) -> list[RecipeEntry]:
 def recipes_of(experiment: Experiment, learner: str) -> list[RecipeEntry]:
     """The recipes that a learner tries."""
     wanted = experiment.learners[learner].get("recipes")
-    return [entry for entry in recipes(experiment) if wanted is None or entry.label in (RAW, *wanted)]
+    return [entry for entry in recipes(experiment) if wanted is None or entry.label in wanted]
 
 
 def controls(experiment: Experiment) -> list[Run]:
