@@ -13,7 +13,7 @@ from pathlib import Path
 from lit_llama.command_line import progress, run, stop
 from lit_llama.errors import InputError
 from lit_llama.injection.comparison import Experiment, Scripts, carry_out, check, check_keys, controls, first_wave
-from lit_llama.injection.comparison_report import write_report
+from lit_llama.injection.comparison_report import aligned, cells_table, write_report
 from lit_llama.injection.comparison_results import collect, summarise, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def main(experiment: Experiment) -> None:
     runs = carry_out(experiment, SCRIPTS)
     results = summarise(experiment, collect(experiment, runs))
     write_report(results, shlex.join(sys.orig_argv))
-    print("\n".join(verdict(results)))
+    print("\n".join([*aligned(cells_table(results)), "", *verdict(results)]))
     progress(f"wrote {experiment.out_dir / 'report.html'}, report.md and results.jsonl")
 
 

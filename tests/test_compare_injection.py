@@ -23,6 +23,7 @@ from lit_llama.injection.comparison import (
     check,
     check_keys,
     controls,
+    devices_of,
     directory,
     first_wave,
     is_finished,
@@ -65,11 +66,12 @@ if "learning_rate=0.1" in name:
 rows = [json.loads(line) for line in open(given["--question_file"])]
 for number, row in enumerate(rows):
     right = float(number // 2 % 20 < 20 * rights)
-    row |= {"answer": row["answers"][0] if right else "<b>wrong</b>", "exact_match": right}
+    row |= {"answer": row["answers"][0] if right else "<b>wrong</b>", "exact_match": right, "contains": right}
 cells = {}
 for row in rows:
     cells.setdefault(row["split"], {}).setdefault(row["form"] + "/" + row["phrasing"], []).append(row["exact_match"])
-cells = {s: {c: {"count": len(v), "exact_match": sum(v) / len(v)} for c, v in d.items()} for s, d in cells.items()}
+means = lambda v: {"count": len(v), "exact_match": sum(v) / len(v), "contains": sum(v) / len(v)}
+cells = {s: {c: means(v) for c, v in d.items()} for s, d in cells.items()}
 bits = 1.0 if name.startswith("base") else 1.25 if name.startswith("raw") else 1.01
 texts = {"general": {"bits_per_byte": bits}}
 result = {"rows": rows, "cells": cells, "texts": texts, "kl_to_base": None, "recall": {}, "answer_entropy": {}}
@@ -153,6 +155,19 @@ def test_arguments_of_a_run(tmp_path: Path) -> None:
     assert "--lora.targets" in small.training and '["q_proj"]' in small.training
     contexts = [run.evaluations["evaluation.json"] for run in controls(experiment)]
     assert [arguments[arguments.index("--context") + 1] for arguments in contexts] == ["none", "oracle", "bm25"]
+
+
+def test_runs_go_to_every_card_or_twice_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices_of(experiment_in(tmp_path, devices=["cuda:1"])) == ["cuda:1"]
+    experiment = experiment_in(tmp_path, devices=["auto"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert devices_of(experiment) == ["cuda:0", "cuda:1"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    assert devices_of(experiment) == ["cpu", "cpu"]
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert devices_of(experiment) == ["auto"]
 
 
 @pytest.mark.parametrize("by", [None, "permute"])
@@ -312,8 +327,8 @@ def fabricated(tmp_path: Path, effects: dict[str, float], seeds: int = 3, docume
         for seed in range(seeds if recipe != "base" else 1):
             answers = [
                 {"id": f"{d}-{q}", "doc_id": str(d), "split": "injected", "form": "direct", "phrasing": "unseen",
-                 "question": "?", "answers": ["a"], "answer": "a", "exact_match": float(random.random() < rate)}
-                for d in range(documents) for q in range(questions)
+                 "question": "?", "answers": ["a"], "answer": "a", "exact_match": right, "contains": right}
+                for d in range(documents) for q in range(questions) for right in [float(random.random() < rate)]
             ]  # fmt: skip
             path = tmp_path / f"{recipe}{seed}.json"
             path.write_text(json.dumps({"rows": answers}))

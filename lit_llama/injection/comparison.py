@@ -29,6 +29,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError, RunError
 from lit_llama.evaluation.questions import read_questions
@@ -86,9 +88,10 @@ class Experiment:
     open_book: bool = False
     """Ask each trained model a second time, with the document shown: did it keep the ability to read?"""
     devices: list[str] = field(default_factory=lambda: ["auto"])
-    """Where runs are carried out, one at a time on each: cuda:0, cuda:1, ... or cpu, or auto."""
+    """Where runs are carried out, one at a time on each: cuda:0, cuda:1, ... or cpu; [auto]: every CUDA card, or the
+    CPU twice, as two small runs use its cores better than one."""
     threads: int | None = None
-    """CPU threads of a run; as many as torch likes when not given."""
+    """CPU threads of a run; by default a fair share of them."""
     keep_only_adapters: bool = False
     """After a run's evaluation, remove what only a resume needs, and full checkpoints."""
     action: Literal["run", "plan", "report"] = "run"
@@ -409,8 +412,10 @@ def execute(experiment: Experiment, scripts: Scripts, runs: Sequence[Run]) -> No
         _refuse_other_options(experiment, run)
     if waiting and len(waiting) < len(runs):
         progress(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+    workplaces = devices_of(experiment)
+    threads = experiment.threads or max(1, torch.get_num_threads() // len(workplaces))
     devices: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for device in experiment.devices:
+    for device in workplaces:
         devices.put(device)
     stopping, telling = threading.Event(), threading.Lock()
 
@@ -425,7 +430,7 @@ def execute(experiment: Experiment, scripts: Scripts, runs: Sequence[Run]) -> No
         device = devices.get()
         tell(f"[{number}/{len(waiting)}] {run.name} on {device}")
         try:
-            _carry_out_one(experiment, scripts, run, device, stopping)
+            _carry_out_one(experiment, scripts, run, _environment(device, threads), stopping)
         except RunError as error:
             tell(f"{run.name} failed: {error}")
         finally:
@@ -433,7 +438,7 @@ def execute(experiment: Experiment, scripts: Scripts, runs: Sequence[Run]) -> No
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with ThreadPoolExecutor(len(experiment.devices)) as pool:
+        with ThreadPoolExecutor(len(workplaces)) as pool:
             try:
                 for _ in pool.map(work, enumerate(waiting, start=1)):
                     pass
@@ -460,7 +465,9 @@ def _refuse_other_options(experiment: Experiment, run: Run) -> None:
             )
 
 
-def _carry_out_one(experiment: Experiment, scripts: Scripts, run: Run, device: str, stopping: threading.Event) -> None:
+def _carry_out_one(
+    experiment: Experiment, scripts: Scripts, run: Run, environment: Mapping[str, str], stopping: threading.Event
+) -> None:
     place = directory(experiment, run)
     log, trained = place / "log.txt", place / "trained"
     before = read_json(place / "run.json") if (place / "run.json").is_file() else run.identity
@@ -476,20 +483,17 @@ def _carry_out_one(experiment: Experiment, scripts: Scripts, run: Run, device: s
         resumable = same and (trained / "state" / "state.json").is_file()
         begun = any(place.glob("trained*"))  # inject.py keeps its examples beside the directory it is given
         again = ("--resume", "true") if resumable else ("--overwrite", "true") if begun else ()
-        _call(experiment, [str(scripts.train), *run.training, *again], log, device, stopping)
+        _call([str(scripts.train), *run.training, *again], log, environment, stopping)
     for file, arguments in run.evaluations.items():
         if not (place / file).is_file():
-            _call(experiment, [str(scripts.evaluate), *arguments, "--out", str(place / file)], log, device, stopping)
+            _call([str(scripts.evaluate), *arguments, "--out", str(place / file)], log, environment, stopping)
     if experiment.keep_only_adapters:
         for folder in ("state", "checkpoint"):
             shutil.rmtree(trained / folder, ignore_errors=True)
 
 
-def _call(experiment: Experiment, command: Sequence[str], log: Path, device: str, stopping: threading.Event) -> None:
+def _call(command: Sequence[str], log: Path, environment: Mapping[str, str], stopping: threading.Event) -> None:
     """Run a Python script to its end, appending what it says to `log`; RunError with its last line if it fails."""
-    environment = {**os.environ, **_device_variables(device)}
-    if experiment.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(experiment.threads)
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"\n$ {' '.join(command)}\n")
         file.flush()
@@ -522,15 +526,25 @@ def _end(process: subprocess.Popen, patience: float = 60.0) -> None:
             continue
 
 
-def _device_variables(device: str) -> dict[str, str]:
-    """Environment that leaves a process the one device."""
+def devices_of(experiment: Experiment) -> list[str]:
+    """Where runs are carried out, one at a time on each."""
+    if experiment.devices != ["auto"]:
+        return experiment.devices
+    if cards := torch.cuda.device_count():
+        return [f"cuda:{card}" for card in range(cards)]
+    return ["auto"] if torch.backends.mps.is_available() or torch.get_num_threads() == 1 else ["cpu", "cpu"]
+
+
+def _environment(device: str, threads: int) -> dict[str, str]:
+    """Environment variables that leave a process the one device and so many threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": ""}
-    if not device.startswith("cuda:"):
-        return {}
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    number = int(device.removeprefix("cuda:"))
-    return {"CUDA_VISIBLE_DEVICES": visible[number] if number < len(visible) else str(number)}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif device.startswith("cuda:"):
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        number = int(device.removeprefix("cuda:"))
+        environment["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) else str(number)
+    return environment
 
 
 def last_line(log: Path) -> str:

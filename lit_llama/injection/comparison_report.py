@@ -18,6 +18,7 @@ from lit_llama.files import atomic_file, read_json
 from lit_llama.injection import comparison_charts as charts
 from lit_llama.injection.comparison import HEADLINE, QUESTIONS_ONLY, RAW, VALIDATION, Experiment, cell_rows
 from lit_llama.injection.comparison_results import (
+    BASE_METRIC,
     Arm,
     Results,
     bits_per_byte,
@@ -101,7 +102,7 @@ def main_table(results: Results) -> Table:
         gain = "" if arm.gain is None else _points(arm.gain) + signs[arm.mark]
         known = None
         if results.base is not None:
-            before, after = (one.cell("known", cell, metric) for one in (results.base, arm))
+            before, after = (one.cell("known", cell, BASE_METRIC) for one in (results.base, arm))
             known = None if before is None or after is None else after - before
         rows.append(
             [
@@ -126,7 +127,7 @@ def main_table(results: Results) -> Table:
         "All recipes",
         f"Questions: {cell.replace('/', ', ')} wording. ▲ better and ▼ worse than raw text with the same learner"
         " (paired bootstrap over seeds and documents, p < 0.05 after Holm's correction for all rows), = not settled."
-        " Intervals are 95 %. Changes are against the untrained base.",
+        " Intervals are 95 %. Changes are against the untrained base; what it knew counts where the answer is named.",
         [*header, "known before, points", *texts, "time a run", "trained", *(["runs"] if results.failed else [])],
         rows,
     )
@@ -148,13 +149,17 @@ def cells_table(results: Results) -> Table:
         [
             f"{split}: {cell.replace('_', '-').replace('/', ', ')} wording",
             str(found[split, cell]),
-            *(percent(a.cell(split, cell, metric)) for a in arms),
+            *(
+                percent(a.cell(split, cell, BASE_METRIC if a is results.base or split == "known" else metric))
+                for a in arms
+            ),
         ]
         for split, cell in order
     ]
     return Table(
         "The winners on every kind of question",
-        f"Mean {METRICS[metric]} over seeds. {'; '.join(f'{name}: {meaning}' for name, meaning in SPLITS.items())}."
+        f"Mean {METRICS[metric]} over seeds; of the base, and of what was known before, {METRICS[BASE_METRIC]}."
+        f" {'; '.join(f'{name}: {meaning}' for name, meaning in SPLITS.items())}."
         " The wording is one that training questions have, or unseen.",
         ["documents: questions", "count", *(_column(arm) for arm in arms)],
         rows,
@@ -196,21 +201,24 @@ def beyond_table(results: Results) -> Table:
 
 def controls_table(results: Results) -> Table:
     """The base alone, in each context, on every split."""
-    cell, metric = results.experiment.cell, results.experiment.metric
+    cell = results.experiment.cell
     splits = [
-        split for split in SPLITS if any(arm.cell(split, cell, metric) is not None for arm in results.controls.values())
+        split
+        for split in SPLITS
+        if any(arm.cell(split, cell, BASE_METRIC) is not None for arm in results.controls.values())
     ]
     rows = [
         [
             arm.recipe,
             _with_interval(arm.headline),
-            *(percent(arm.cell(s, cell, metric)) for s in splits if s != HEADLINE),
+            *(percent(arm.cell(s, cell, BASE_METRIC)) for s in splits if s != HEADLINE),
         ]
         for arm in results.controls.values()
     ]
     header = ["no training", SPLITS[HEADLINE], *(SPLITS[split] for split in splits if split != HEADLINE)]
     note = (
-        "The document shown is the most that reading could give; raw text and questions alone are in the table above."
+        "Counted is whether the answer is named, as the base answers in sentences. The document shown is the most that"
+        " reading could give; raw text and questions alone are in the table above."
     )
     return Table("Controls", note, header, rows)
 
@@ -230,8 +238,9 @@ def settings_table(results: Results) -> Table:
         if value not in (None, {}, False) and item.name not in ("action", "overwrite"):
             rows.append([item.name, _plain(value)])
     for arm in results.arms:
-        sweeps = {key: value for key, value in experiment.learners[str(arm.learner)].items() if isinstance(value, list)}
-        if chosen := ", ".join(f"{key} {arm.rows[0]['options'][key]}" for key in sweeps if len(sweeps[key]) > 1):
+        entry, options = experiment.learners[str(arm.learner)], arm.rows[0]["options"]
+        sweeps = [key for key in options if isinstance(entry[key], list) and len(entry[key]) > 1]
+        if chosen := ", ".join(f"{key} {options[key]}" for key in sweeps):
             rows.append([f"chosen for {arm.recipe}, {arm.learner}", chosen])
     hardware, versions = results.environment.get("hardware", {}), results.environment.get("versions", {})
     if hardware:
@@ -276,7 +285,7 @@ def examples(results: Results) -> list[Answers]:
     found: dict[str, list[Answers]] = {kind: [] for kind in left}
     for rows in zip(*(rows for _, rows in asked), strict=True):
         said = [
-            (name, row["answer"], bool(row[experiment.metric] > 0.5))
+            (name, row["answer"], bool(row[BASE_METRIC if name == "base" else experiment.metric] > 0.5))
             for (name, _), row in zip(asked, rows, strict=True)
         ]
         right, raw_right = said[-1][2], said[1 if results.base else 0][2]
@@ -356,11 +365,19 @@ def markdown(results: Results, command: str) -> str:
 
 
 def _markdown_table(table: Table) -> list[str]:
-    lines = [f"## {table.title}", ""] + ([table.note, ""] if table.note else [])
-    rule = [":--", *("--:" for _ in table.header[1:])]
-    for row in (table.header, rule, *table.rows):
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |")
-    return [*lines, ""]
+    return [f"## {table.title}", "", *([table.note, ""] if table.note else []), *aligned(table), ""]
+
+
+def aligned(table: Table) -> list[str]:
+    """A table's lines in Markdown, its columns below each other for a terminal."""
+    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (table.header, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    ]
+    return [f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:])]
 
 
 def _clip(text: str, limit: int = 160) -> str:
@@ -434,7 +451,7 @@ def _tiles(results: Results, winner: Arm) -> str:
     if results.base is not None:
         shown = results.controls.get("oracle")
         with_document = f"{percent(shown.headline.value)} with the document shown" if shown else ""
-        tiles.append((percent(results.base.headline.value), "untrained base", with_document))
+        tiles.append((percent(results.base.headline.value), "named by the untrained base", with_document))
     inner = "".join(
         f"<div><b>{escape(a)}</b><span>{escape(b)}</span><small>{escape(c)}</small></div>" for a, b, c in tiles
     )

@@ -30,6 +30,8 @@ from lit_llama.injection.comparison import (
 
 MINIMUM_EFFECT = 0.05
 """A difference below this is not claimed, however sure: questions and seeds of usual number do not settle it."""
+BASE_METRIC = "contains"
+"""What the base is measured by, and what it knew before: it answers in sentences, in which the answer is named."""
 FEW_ENTITIES = 5
 """With fewer documents than this known, or unknown, a bootstrap cannot see its own uncertainty: Wilson's interval."""
 COSTS = ("trainable_parameters", "tokens", "seconds", "training_seconds", "peak_memory_gb")
@@ -171,7 +173,8 @@ def summarise(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> Results
             if row["status"] == "finished":
                 evaluation = read_json(row["evaluation"])
                 asked = cell_rows(evaluation["rows"], HEADLINE, experiment.cell)
-                scores.append([float(question[experiment.metric]) for question in asked])
+                metric = BASE_METRIC if learner is None else experiment.metric
+                scores.append([float(question[metric]) for question in asked])
                 entities = [str(question["doc_id"]) for question in asked]
                 environment = {key: evaluation[key] for key in ("hardware", "versions", "source") if key in evaluation}
         if scores:
@@ -281,8 +284,8 @@ def _control_sentences(results: Results, winner: Arm) -> list[str]:
     said = []
     closed, shown = results.base, results.controls.get("oracle")
     if closed is not None:
-        text = f"The untrained base answers {percent(closed.headline.value)}"
-        said.append(text + (f", and {percent(shown.headline.value)} with the document shown." if shown else "."))
+        text = f"The untrained base names the answer to {percent(closed.headline.value)}"
+        said.append(text + (f", and to {percent(shown.headline.value)} with the document shown." if shown else "."))
     only = next((a for a in results.arms if (a.recipe, a.learner) == (QUESTIONS_ONLY, winner.learner)), None)
     if only is not None and only is not winner:
         more, reached = difference(winner, only, results.entities), percent(only.headline.value)
@@ -290,8 +293,8 @@ def _control_sentences(results: Results, winner: Arm) -> list[str]:
             said.append(f"Questions without documents reach {reached}: the documents gave {points(more)}.")
         else:
             said.append(f"INCONCLUSIVE whether documents gave anything: questions without them reach {reached}.")
-    never = winner.cell("never", results.experiment.cell, results.experiment.metric)
-    before = closed and closed.cell("never", results.experiment.cell, results.experiment.metric)
+    never = winner.cell("never", results.experiment.cell, BASE_METRIC)
+    before = closed and closed.cell("never", results.experiment.cell, BASE_METRIC)
     if never is not None and before is not None and never > before + MINIMUM_EFFECT:
         said.append(
             f"Warning: answers on documents never injected rose from {percent(before)} to {percent(never)}, so"
@@ -312,7 +315,7 @@ def _forgetting(results: Results, winner: Arm) -> str:
     text = (
         f"General text went from {before:.3f} to {before + change:.3f} bits per byte ({share:+.1%}): {size} forgotten"
     )
-    known_before, known_after = (arm.cell("known", experiment.cell, experiment.metric) for arm in (base, winner))
+    known_before, known_after = (arm.cell("known", experiment.cell, BASE_METRIC) for arm in (base, winner))
     if known_before is not None and known_after is not None:
         text += f"; of the questions it knew before, {percent(known_before)} became {percent(known_after)}"
     return f"{text}."
