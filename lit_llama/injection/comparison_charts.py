@@ -167,11 +167,16 @@ def intervals(
 
 
 def _mark(x: float, y: float, color: int, shape: int = 0, css: str = "") -> str:
-    """A filled circle, a hollow square or a hollow diamond."""
+    """A filled circle, a hollow square, diamond, triangle or circle."""
     css = css or f"c{color % PALETTE}"
     if shape == 0:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="mark {css}"/>'
-    turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if shape > 1 else ""
+    if shape == 3:
+        corners = f"{x - 5:.1f},{y + 4:.1f} {x + 5:.1f},{y + 4:.1f} {x:.1f},{y - 5:.1f}"
+        return f'<polygon points="{corners}" class="hollow {css}"/>'
+    if shape > 3:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="hollow {css}"/>'
+    turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if shape == 2 else ""
     return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" class="hollow {css}"{turn}/>'
 
 

@@ -494,7 +494,7 @@ def main_charts(results: Results) -> list[str]:
             continue
         for learner in learners:
             series = [charts.Series(r, order[r], found) for (r, by), found in points.items() if by == learner and found]
-            if series:
+            if len(series) > 1 or series and len(learners) == 1:  # one point alone shows less than the tables do
                 xs, ys = zip(*everywhere, strict=True)
                 caption = f"{name}, {learner}"
                 figures.append(
