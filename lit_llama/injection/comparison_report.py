@@ -96,6 +96,10 @@ def main_table(results: Results) -> Table:
     """Every arm: the headline, its difference to raw text, the other splits, forgetting and cost."""
     experiment = results.experiment
     metric, cell = experiment.metric, experiment.cell
+
+    def named(arm: Arm) -> list[str]:
+        return [] if metric == BASE_METRIC else [percent(arm.cell(HEADLINE, cell, BASE_METRIC))]
+
     rows = []
     for arm in results.arms:
         signs = {"better": " ▲", "worse": " ▼", "": " ="}
@@ -109,6 +113,7 @@ def main_table(results: Results) -> Table:
                 f"{arm.recipe}, {arm.learner}",
                 _with_interval(arm.headline),
                 gain or ("(compared with)" if arm.recipe == RAW else "no raw run"),
+                *named(arm),
                 percent(arm.cell("taught", cell, metric)),
                 percent(arm.cell("never", cell, metric)),
                 "–" if known is None else f"{100 * known:+.1f}",
@@ -122,7 +127,8 @@ def main_table(results: Results) -> Table:
             ]
         )
     texts = [f"{text} text, bits/byte" for text in experiment.data_dirs]
-    header = ["recipe, learner", f"injected: {METRICS[metric]}", "points over raw", "taught", "never injected"]
+    header = ["recipe, learner", f"injected: {METRICS[metric]}", "points over raw"]
+    header += [*([] if metric == BASE_METRIC else [METRICS[BASE_METRIC]]), "taught", "never injected"]
     return Table(
         "All recipes",
         f"Questions: {cell.replace('/', ', ')} wording. ▲ better and ▼ worse than raw text with the same learner"

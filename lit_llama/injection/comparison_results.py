@@ -227,7 +227,8 @@ def verdict(results: Results) -> list[str]:
     winner, experiment = results.winner, results.experiment
     if winner is None:
         return ["No run finished: there is nothing to compare yet."]
-    sentences = [_against_raw(results, winner), *_runner_up(results, winner), *_control_sentences(results, winner)]
+    sentences = [_against_raw(results, winner), *_named(results, winner)]
+    sentences += [*_runner_up(results, winner), *_control_sentences(results, winner)]
     sentences += [_forgetting(results, winner), _cost(winner)]
     seeds = len(winner.finished)
     if seeds < 3:
@@ -261,6 +262,17 @@ def _against_raw(results: Results, winner: Arm) -> str:
     return (
         f"INCONCLUSIVE: {winner.name} is ahead with {scored} against {said}; more seeds or questions would settle it."
     )
+
+
+def _named(results: Results, winner: Arm) -> list[str]:
+    """Raw text does not teach how to answer in few words: does it know what it says in many?"""
+    raw, metric, cell = results.raw(winner.learner), results.experiment.metric, results.experiment.cell
+    if raw is None or raw is winner or metric == BASE_METRIC:
+        return []
+    shares = [arm.cell(HEADLINE, cell, BASE_METRIC) for arm in (winner, raw)]
+    if None in shares:
+        return []
+    return [f"Where it is enough that the answer is named, it is {percent(shares[0])} against {percent(shares[1])}."]
 
 
 def _runner_up(results: Results, winner: Arm) -> list[str]:
