@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llama.lora_linear import LoRALinear, updated_row_norms
+from lit_llama.mlp_partition import partitioned_mlps
 from lit_llama.model import Llama
 
 
@@ -53,7 +54,16 @@ def pack_linear_layers(model: Llama) -> None:
     supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not supported:
         return
+    by_expert: set[nn.Module] = set()
+    for mlp in partitioned_mlps(model):
+        if mlp.path == "blocks" and mlp.blocks_readable():
+            mlp.packed = [[PackedLinear(w) for w in mlp.blocks(i, i + 1)] for i in range(mlp.n_experts)]
+            by_expert.update(mlp.modules())
+        elif isinstance(getattr(mlp.gate_proj, "linear", mlp.gate_proj), nn.Linear):
+            mlp.gate_means = mlp.score_weight()  # of the update too, which is packed next
     for name, module in list(model.named_modules()):
+        if module in by_expert:
+            continue
         parent_name, _, child = name.rpartition(".")
         if isinstance(module, LoRALinear) and isinstance(module.linear, nn.Linear):
             packed = PackedLinear(module.linear.weight, module)
