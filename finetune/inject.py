@@ -18,7 +18,8 @@ from lit_llama.files import refuse_overwrite
 from lit_llama.injection.generator import GeneratorConfig, load_generator
 from lit_llama.injection.preparation import open_course, prepare_examples, read_documents, read_resources, texts_of
 from lit_llama.injection.recipes import RecipeOptions, chosen_recipes, plan_of
-from lit_llama.learners import LoRARunArguments, full_learner, lora_learner
+from lit_llama.learners import LoRARunArguments, full_learner, lora_learner, lora_tree_learner
+from lit_llama.lora_tree import LoRATreeConfig
 from lit_llama.prompts import detect_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, TrainConfig, start_fabric, train
@@ -45,8 +46,10 @@ class Arguments(LoRARunArguments):
     """raw, views, permute, paraphrase, study, readcomp, implications, reverse, structure, qa, qa-only, pit, distill,
     raft, rehearse, replay, or some of them joined by "+"."""
     recipes: RecipeOptions = field(default_factory=RecipeOptions)
-    learner: Literal["lora", "full"] = "lora"
-    """What is trained: a LoRA adapter (QLoRA with --quantize) or all weights."""
+    learner: Literal["lora", "lora_tree", "full"] = "lora"
+    """What is trained: a LoRA adapter (QLoRA with --quantize), a tree of them, or all weights."""
+    lora_tree: LoRATreeConfig = field(default_factory=LoRATreeConfig)
+    """For learner lora_tree."""
     facts_file: Path | None = None
     """What the documents say, as data: JSONL or CSV of subject, relation, value, doc_id."""
     templates_file: Path | None = None
@@ -134,7 +137,7 @@ def main(arguments: Arguments) -> None:
     if fabric.is_global_zero:
         parts = ", ".join(f"{count} of {name}" for name, count in windows.windows_by_source.items())
         progress(f"{len(documents)} documents by {arguments.recipe}: {windows.windows_per_epoch} windows, {parts}")
-    learner = {"lora": lora_learner, "full": full_learner}[arguments.learner]
+    learner = {"lora": lora_learner, "lora_tree": lora_tree_learner, "full": full_learner}[arguments.learner]
     model, save = learner(fabric, arguments)
     train(fabric, model, tokenizer, Corpus(windows, held_out(val_store), general, probes), arguments, save)
 

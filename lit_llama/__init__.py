@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lit_llama.config import LlamaConfig
     from lit_llama.generation import generate
     from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
+    from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree
     from lit_llama.loss import linear_cross_entropy
     from lit_llama.model import Llama
     from lit_llama.tokenizer import Tokenizer
@@ -20,9 +21,11 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "LoRAConfig",
+    "LoRATreeConfig",
     "Tokenizer",
     "generate",
     "inject_lora",
+    "inject_lora_tree",
     "linear_cross_entropy",
     "load_adapter",
     "load_model",
@@ -36,6 +39,7 @@ _HOME = {
     "config": ("LlamaConfig",),
     "generation": ("generate",),
     "lora": ("LoRAConfig", "inject_lora", "load_adapter", "merge_lora", "save_adapter"),
+    "lora_tree": ("LoRATreeConfig", "inject_lora_tree"),
     "loss": ("linear_cross_entropy",),
     "model": ("Llama",),
     "tokenizer": ("Tokenizer",),

@@ -30,8 +30,11 @@ def out_of_memory_explained(model: Llama, arguments: "RunArguments", device: tor
             raise
         train = arguments.train
         adapter = getattr(model, "lora_config", None)
+        # The nearest that the estimate knows.
         if adapter is None and getattr(model, "prompt_tuning_config", None) is not None:
-            adapter = LoRAConfig(r=1)  # the nearest that the estimate knows
+            adapter = LoRAConfig(r=1)
+        elif (tree := getattr(model, "lora_tree", None)) is not None:
+            adapter = LoRAConfig(r=tree.config.leaves * tree.config.r, targets=tree.config.targets)
         setup = TrainingSetup(
             adapter,
             getattr(arguments, "quantize", None),

@@ -390,7 +390,7 @@ def _add_product_(
 
 
 def _attention_weights(grouped: Tensor, keys: Tensor, mask: CausalMask, first_key: int, start: int, end: int) -> Tensor:
-    """softmax(QK^T / sqrt(head_dim)) of a block: (batch * kv_heads, group * (end - start), prefix + end - first_key)."""
+    """softmax(QK^T / sqrt(head_dim)) of a block: (batch * kv_heads, group * (end - start), prefix + keys to it)."""
     rows, keys_seen = _rows(grouped, start, end), _seen(keys, mask, first_key, end).transpose(1, 2)
     scale = keys.shape[-1] ** -0.5
     if mask.hides_only_what_follows:

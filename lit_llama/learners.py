@@ -1,4 +1,4 @@
-"""What a run trains: a LoRA adapter or all weights, put on the base, and how the result is saved.
+"""What a run trains: a LoRA adapter, a tree of them or all weights, put on the base, and how the result is saved.
 
 Training scripts take one of these and give it to `training.train`; the loop does not know which it is.
 """
@@ -14,6 +14,7 @@ from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter, stack_lora, trained_summary
+from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree, tree_summary
 from lit_llama.merging import write_merged_checkpoint
 from lit_llama.model import Llama
 from lit_llama.parallel import loading_device
@@ -49,6 +50,17 @@ class LoRAArguments(LoRARunArguments, TrainingArguments):
     """Train a LoRA adapter; out_dir becomes a PEFT adapter directory."""
 
 
+@dataclass(kw_only=True)
+class LoRATreeArguments(TrainingArguments):
+    """Train a tree of LoRA adapters; out_dir becomes an adapter directory."""
+
+    lora_tree: LoRATreeConfig = field(default_factory=LoRATreeConfig)
+    quantize: Quantization | None = None
+    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
+    embeddings: Embeddings | None = None
+    """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
+
+
 def lora_learner(fabric: Fabric, arguments: LoRARunArguments) -> tuple[Llama, Save]:
     """The base with a new adapter on it; with start_mode merge, `arguments.checkpoint_dir` becomes the merged base.
 
@@ -76,6 +88,24 @@ def lora_learner(fabric: Fabric, arguments: LoRARunArguments) -> tuple[Llama, Sa
         arguments.lora = model.lora_config
     if fabric.is_global_zero:
         progress(trained_summary(model))
+    return model, lambda directory: save_adapter(model, directory, base_model=str(arguments.checkpoint_dir))
+
+
+def lora_tree_learner(fabric: Fabric, arguments: RunArguments) -> tuple[Llama, Save]:
+    """The base with a new tree of adapters on it, by `arguments.lora_tree`.
+
+    Raises:
+        InputError: `start_adapter`, which trees cannot be put on, or layers to be compiled.
+    """
+    if getattr(arguments, "start_adapter", None) is not None:
+        raise InputError("a tree begins on a plain base: merge start_adapter into it first (scripts/merge_lora.py)")
+    if arguments.train.compile:
+        raise InputError("train.compile does not go with a tree of adapters: leave it out")
+    device = loading_device(fabric, arguments.quantize)
+    model = load_model(arguments.checkpoint_dir, arguments.dtype, device, arguments.quantize, arguments.embeddings)
+    inject_lora_tree(model, arguments.lora_tree)
+    if fabric.is_global_zero:
+        progress(trained_summary(model) if arguments.lora_tree.depth == 0 else tree_summary(model))
     return model, lambda directory: save_adapter(model, directory, base_model=str(arguments.checkpoint_dir))
 
 

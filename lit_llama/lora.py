@@ -127,7 +127,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> None:
     Raises:
         InputError: the model has an adapter already, no layer of that name, or a weight to be both trained and adapted.
     """
-    if any(True for _ in lora_layers(model)) or getattr(model, "prompt_tuning_config", None) is not None:
+    others = (getattr(model, name, None) for name in ("prompt_tuning_config", "lora_tree"))
+    if any(True for _ in lora_layers(model)) or any(other is not None for other in others):
         raise InputError("the model carries an adapter already: merge it first")
     if config.modules_to_save and model.config.tie_word_embeddings and "lm_head" in config.targets:
         raise InputError(
@@ -215,8 +216,13 @@ def merge_lora(model: nn.Module) -> None:
 
     Raises:
         InputError: the base is quantized. Merging into quantized weights and quantizing again loses part of the update;
-            merge into the unquantized checkpoint instead. Or its MLPs route, which no merged weight can do.
+            merge into the unquantized checkpoint instead. Or its MLPs route, which no merged weight can do, or it
+            is a tree of adapters, which chooses token by token.
     """
+    if getattr(model, "lora_tree", None) is not None:
+        from lit_llama.lora_tree import refuse_merging  # builds on this module
+
+        refuse_merging(model)
     layers = list(lora_layers(model))
     if getattr(model, "mlp_routing", None) is not None:
         raise InputError("the adapter was trained with routed MLPs, which a merged checkpoint would not route: keep it")
@@ -263,6 +269,9 @@ def trained_summary(model: nn.Module) -> str:
 
 def learning_rate_factors(model: nn.Module) -> dict[str, float]:
     """Share of the learning rate at which parameters learn, by name; those not named learn at the whole of it."""
+    if (tree := getattr(model, "lora_tree", None)) is not None:
+        routers = [name for name, _ in model.named_parameters() if ".lora_router." in name]
+        return dict.fromkeys(routers, tree.config.router_learning_rate)
     config: LoRAConfig | None = getattr(model, "lora_config", None)
     if config is None:
         return {}
@@ -331,6 +340,11 @@ def save_adapter(model: nn.Module, adapter_dir: Path | str, base_model: str | No
         base_model: path or name of the base, for PEFT's record. The base's fingerprint is kept beside the tensors, so
             that the adapter is not put on another base by mistake.
     """
+    if getattr(model, "lora_tree", None) is not None:
+        from lit_llama.lora_tree import save_lora_tree  # builds on this module
+
+        save_lora_tree(model, adapter_dir, base_model)
+        return
     config = saved_config(model)
     saved_modules = _saved_modules(model)
     description = {
@@ -416,7 +430,13 @@ def load_adapter(model: nn.Module, adapter_dir: Path | str) -> None:
         InputError: no such adapter, an unsupported kind, tensors that do not fit the model, or a base other than the
             one it was trained on.
     """
-    if read_json(Path(adapter_dir) / "adapter_config.json").get("peft_type") not in ("LORA", ROUTED_LORA):
+    peft_type = read_json(Path(adapter_dir) / "adapter_config.json").get("peft_type")
+    if peft_type == "LORA_TREE":
+        from lit_llama.lora_tree import load_lora_tree  # builds on this module
+
+        load_lora_tree(model, adapter_dir)
+        return
+    if peft_type not in ("LORA", ROUTED_LORA):
         load_prompt_tuning(model, adapter_dir)
         return
     config = read_adapter_config(adapter_dir)

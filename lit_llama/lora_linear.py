@@ -145,7 +145,7 @@ class LoRALinearFunction(torch.autograd.Function):
         weight = dense_weight(linear, x.dtype)
         # Drawn on the CPU whatever the device: no synchronisation, and checkpointed blocks draw the same again.
         ctx.seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else None
-        dropped = rows * _dropout_mask(rows, dropout, ctx.seed, first_row) if dropout else rows
+        dropped = rows * dropout_mask(rows, dropout, ctx.seed, first_row) if dropout else rows
         low = dropped @ A.T  # (rows, r)
         norms = None
         if magnitude is None:
@@ -166,7 +166,7 @@ class LoRALinearFunction(torch.autograd.Function):
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         grad_rows, rows = grad_output.flatten(0, -2), x.flatten(0, -2)
         weight = dense_weight(ctx.linear, x.dtype) if ctx.needs_input_grad[0] or magnitude is not None else None
-        mask = _dropout_mask(rows, ctx.dropout, ctx.seed, ctx.first_row) if ctx.dropout else None
+        mask = dropout_mask(rows, ctx.dropout, ctx.seed, ctx.first_row) if ctx.dropout else None
         dropped = rows if mask is None else rows * mask
         grad_x = grad_A = grad_B = grad_magnitude = None
         grad_updated = grad_rows  # of (W + c B A) D x
@@ -192,7 +192,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return grad_x, grad_A, grad_B, grad_magnitude, None, None, None, None
 
 
-def _dropout_mask(rows: Tensor, dropout: float, seed: int, first_row: int) -> Tensor:
+def dropout_mask(rows: Tensor, dropout: float, seed: int, first_row: int) -> Tensor:
     """Of the shape and dtype of `rows`: 0 with probability `dropout` (to 2 ** -16), else the inverse of the rest.
 
     Drawn block by block, so that rows have the same mask whether they come with the others or in a piece of their own

@@ -10,6 +10,7 @@ from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import refuse_overwrite
 from lit_llama.lora import load_adapter, lora_layers, merge_lora
+from lit_llama.lora_tree import refuse_merging
 from lit_llama.prompts import detect_style, write_chat_template
 
 
@@ -38,6 +39,11 @@ def write_merged_checkpoint(
     model = load_model(checkpoint_dir, torch.promote_types(base_dtype, out_dtype))
     tied = model.config.tie_word_embeddings
     load_adapter(model, adapter_dir)
+    if getattr(model, "lora_tree", None) is not None:
+        refuse_merging(model)
+        raise InputError(
+            f"{adapter_dir} is a tree of adapters, of which each prompt takes another leaf: keep it as it is"
+        )
     layers = list(lora_layers(model))
     if not layers:
         raise InputError(f"{adapter_dir} is not a LoRA adapter: what it computes is no change of the base's weights")

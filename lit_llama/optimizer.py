@@ -21,7 +21,7 @@ class Optimizer:
 
     Parameters that are not fp32 get an fp32 master copy: gradients of micro-batches are summed into it and steps are
     taken on it, so that small updates are not lost to rounding; the model's weights are its rounded image. Weight
-    decay applies to matrices only.
+    decay applies to matrices only, and not to those of routers.
 
     Args:
         kind: see `OptimizerName`. Paging needs CUDA; elsewhere the same precision is used without it, and a line says
@@ -48,7 +48,9 @@ class Optimizer:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, master in self.masters.items():
             factor = (learning_rate_factors or {}).get(name, 1.0)
-            groups.setdefault((weight_decay if master.ndim > 1 else 0.0, factor), []).append(master)
+            # A router drawn to zero would no longer decide (`lora_tree_routing.py`).
+            decay = weight_decay if master.ndim > 1 and ".lora_router." not in name else 0.0
+            groups.setdefault((decay, factor), []).append(master)
         self._factors = [factor for _, factor in groups]
         self.adamw = _adamw(
             [{"params": masters, "weight_decay": decay} for (decay, _), masters in groups.items()], betas, kind

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.fabric import Fabric
@@ -151,6 +151,19 @@ class TrainingArguments(RunArguments):
     """Questions (JSONL) to ask before, during and after training."""
 
 
+class Auxiliary(Protocol):
+    """What a model may have as `auxiliary` to take part in its training; see `lora_tree_routing.LoRATree`."""
+
+    def start_step(self, done: float) -> None:
+        """Called before each step with the share of the run that is done."""
+
+    def loss(self) -> Tensor:
+        """What the forward pass just made adds to the mean loss of its targets, scalar."""
+
+    def before_update(self) -> None:
+        """Called when a step's gradients are there."""
+
+
 class LossOfBatch(nn.Module):
     """The model and its loss as one forward, which is what data-parallel wrappers need to see."""
 
@@ -168,10 +181,19 @@ class LossOfBatch(nn.Module):
         teacher_ids: Tensor,
         teacher_probabilities: Tensor,
     ) -> Tensor:
-        """Summed loss of the targets, fp32 scalar; arguments are the fields of `data.packing.Batch`."""
+        """Summed loss of the targets, fp32 scalar; arguments are the fields of `data.packing.Batch`.
+
+        What `model.auxiliary` adds to the mean loss counts by its gradient only: the value stays what an evaluation of
+        the same tokens would report.
+        """
         hidden = self.model.model(input_ids, position_ids, document_ids)
         teacher = (teacher_ids, teacher_probabilities) if teacher_ids.shape[1] else None
-        return head_loss(self.model.lm_head, hidden, labels, reduction="sum", targets=targets, teacher=teacher)
+        loss = head_loss(self.model.lm_head, hidden, labels, reduction="sum", targets=targets, teacher=teacher)
+        auxiliary: Auxiliary | None = getattr(self.model, "auxiliary", None)
+        if auxiliary is None:
+            return loss
+        added = len(targets) * auxiliary.loss()
+        return loss + (added - added.detach())
 
     def run_inside(self, function: Callable[[], dict]) -> dict:
         """Call a function; under FSDP2 this counts as a forward pass (`parallel.run_inside`)."""
@@ -390,7 +412,17 @@ def train(
                 launched, total_steps, config.warmup_steps, config.learning_rate, config.final_learning_rate
             )
             under_way.append(
-                _take_step(fabric, step_module, optimizer, batch, learning_rate, config.gradient_clip, failed)
+                _take_step(
+                    fabric,
+                    step_module,
+                    optimizer,
+                    batch,
+                    learning_rate,
+                    config.gradient_clip,
+                    failed,
+                    getattr(model, "auxiliary", None),
+                    launched / total_steps,
+                )
             )
             launched += 1
             if launched < total_steps:
@@ -459,6 +491,8 @@ def _take_step(
     learning_rate: float,
     gradient_clip: float,
     failed: Tensor,
+    auxiliary: Auxiliary | None,
+    done: float,
 ) -> StepUnderWay:
     """Hand one optimizer step to the device, micro-batch by micro-batch, and wait for nothing.
 
@@ -468,7 +502,10 @@ def _take_step(
     Args:
         failed: fp32 scalar on the device, set to 1 when loss or gradients are not finite. From then on no step changes
             parameters or moments: the loop learns of it one step late.
+        done: share of the run's steps before this one.
     """
+    if auxiliary is not None:
+        auxiliary.start_step(done)
     # Data-parallel wrappers average gradients over devices; the sum is wanted.
     scale = fabric.world_size / batch.counts[0].clamp(min=1)
     total = torch.zeros((), device=fabric.device)
@@ -481,6 +518,8 @@ def _take_step(
         optimizer.collect_gradients()
         total += loss.detach()
     total = sum_over_processes(total, fabric.world_size)
+    if auxiliary is not None:
+        auxiliary.before_update()
     gradient_norm = full_tensor(optimizer.clip_gradients(gradient_clip))
     failed.clamp_(min=(~(total.isfinite() & gradient_norm.isfinite())).to(failed.dtype))
     optimizer.step(learning_rate, skip=failed)

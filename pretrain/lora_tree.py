@@ -1,0 +1,31 @@
+"""Continue pretraining on domain documents, training a tree of LoRA adapters only.
+
+python pretrain/lora_tree.py --checkpoint_dir checkpoints/smollm2-135m-instruct --data_dir data/my_domain --out_dir
+out/my_tree --lora_tree.depth 3
+"""
+
+from dataclasses import dataclass
+
+from lit_llama.command_line import run
+from lit_llama.learners import LoRATreeArguments, lora_tree_learner
+from lit_llama.lora_tree import routing_figures
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training import Corpus, start_fabric, train
+
+
+@dataclass(kw_only=True)
+class Arguments(LoRATreeArguments):
+    """Continue pretraining on domain documents with a tree of LoRA adapters; out_dir becomes an adapter directory."""
+
+
+def main(arguments: Arguments) -> None:
+    fabric = start_fabric(arguments)
+    tokenizer = Tokenizer.from_checkpoint(arguments.checkpoint_dir)
+    corpus = Corpus.open(arguments, tokenizer)
+    model, save = lora_tree_learner(fabric, arguments)
+    corpus.measure = lambda model: routing_figures(model, corpus.held_out, arguments.eval.batch_size)
+    train(fabric, model, tokenizer, corpus, arguments, save)
+
+
+if __name__ == "__main__":
+    run(main)
