@@ -1,0 +1,130 @@
+"""Does a tree of LoRA adapters learn four domains better than one adapter? Against its baselines, on the same tokens.
+
+python -m benchmarks.experts.tree --checkpoint_dir checkpoints/smollm2-135m-instruct
+
+Three experiments, each with every arm on the same pieces in the same order (a seed is order and initial values):
+
+mixed    four domains at equal tokens; loss on held-out pieces
+single   one domain alone, where a tree has nothing to tell apart; loss on held-out pieces of it
+absorb   rank 1 and many passes over few pieces, so that one leaf's rank is full; loss on those very pieces
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.experts.texts import DOMAINS, read_domains
+from benchmarks.experts.tree_run import ARMS
+from benchmarks.finetune.runs import Run, complete, interval, read
+from lit_llama.command_line import run
+from lit_llama.files import write_json
+from lit_llama.hardware import run_environment
+from lit_llama.tokenizer import Tokenizer
+
+PLAIN = ("LoRA, one leaf's rank", "LoRA, all leaves' rank")
+EXPERIMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "mixed": (tuple(ARMS), ()),
+    "single": (("base", *PLAIN, "tree"), ("--domains", '["weaknesses"]')),
+    "absorb": (("base", *PLAIN, "tree", "mixture, top 2"), ("--r", "1", "--measured_split", "train")),
+}
+"""Arms and options."""
+TIERS: dict[str, dict[str, dict[str, float]]] = {
+    "cpu": {
+        "mixed": {"tokens": 15_000, "val_tokens": 4_000, "epochs": 1},
+        "single": {"tokens": 15_000, "val_tokens": 4_000, "epochs": 1},
+        "absorb": {"tokens": 3_000, "val_tokens": 1_000, "epochs": 6},
+    },
+    "cuda": {
+        "mixed": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
+        "single": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
+        "absorb": {"tokens": 50_000, "val_tokens": 5_000, "epochs": 20},
+    },
+}
+"""Tokens of each domain, and passes over them."""
+PIECE_TOKENS = 200
+
+
+def main(
+    *,
+    checkpoint_dir: Path,
+    downloads_dir: Path = Path(".downloads"),
+    work_dir: Path = Path("out/benchmark-tree"),
+    out: Path | None = None,
+    tier: Literal["cpu", "cuda"] = "cpu",
+    experiments: list[Literal["mixed", "single", "absorb"]] | None = None,
+    seeds: int = 3,
+    workers: int = 2,
+    threads: int = 1,
+) -> None:
+    """Train and measure; what is done already is not repeated.
+
+    Args:
+        checkpoint_dir: Base model.
+        downloads_dir: Where the packages with the texts are kept.
+        work_dir: Where texts and runs are written.
+        out: Write the results to this file too.
+        tier: Of tokens; cuda is larger.
+        experiments: Only these.
+        seeds: Runs an arm.
+        workers: Runs at a time.
+        threads: CPU threads of each.
+    """
+    tokenizer = Tokenizer.from_checkpoint(checkpoint_dir)
+    results: dict[str, Any] = {"setting": {"model": checkpoint_dir.name, "tier": tier, "seeds": seeds}}
+    for experiment in experiments or list(EXPERIMENTS):
+        arms, options = EXPERIMENTS[experiment]
+        size = TIERS[tier][experiment]
+        texts = work_dir / f"{experiment}.json"
+        if not texts.is_file():
+            domains = read_domains(downloads_dir, tokenizer, int(size["tokens"]), int(size["val_tokens"]), PIECE_TOKENS)
+            write_json(texts, domains)
+        runs = {
+            arm: [
+                Run(
+                    "benchmarks/experts/tree_run.py",
+                    work_dir / experiment / f"{arm.replace(', ', '-').replace(' ', '-')}-seed-{seed}",
+                    ("--checkpoint_dir", str(checkpoint_dir), "--texts_file", str(texts), "--arm", arm)
+                    + ("--seed", str(seed), "--epochs", str(size["epochs"]), *options),
+                )
+                for seed in range(seeds if arm != "base" else 1)
+            ]
+            for arm in arms
+        }
+        complete([one for own in runs.values() for one in own], workers, threads)
+        measured = {arm: [read(one, "measured.json") for one in own] for arm, own in runs.items()}
+        results[experiment] = {"tokens_a_domain": size["tokens"], "epochs": size["epochs"], "arms": {}}
+        for arm, own in measured.items():
+            results[experiment]["arms"][arm] = summary(own, measured["LoRA, all leaves' rank"])
+    results |= run_environment()
+    if out is not None:
+        write_json(out, results)
+    print(json.dumps(results, indent=2))
+
+
+def summary(own: list[dict[str, Any]], compared: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds with intervals; differences to plain LoRA of as many parameters, seed by seed."""
+    found: dict[str, Any] = {
+        "pooled_loss": interval([one["pooled_loss"] for one in own]),
+        "loss": {domain: interval([one["loss"][domain] for one in own]) for domain in DOMAINS},
+        "prefill_tokens_per_second": interval([one["prefill_tokens_per_second"] for one in own]),
+        "decode_tokens_per_second": {
+            batch: interval([one["decode_tokens_per_second"][batch] for one in own])
+            for batch in own[0]["decode_tokens_per_second"]
+        },
+    }
+    if len(own) == len(compared) and own is not compared:
+        pairs = zip(own, compared, strict=True)
+        found["pooled_loss_over_plain"] = interval([one["pooled_loss"] - other["pooled_loss"] for one, other in pairs])
+    if "soft_pooled_loss" in own[0]:
+        found["soft_hard_gap"] = interval([one["pooled_loss"] - one["soft_pooled_loss"] for one in own])
+    if "routing" in own[0]:
+        found |= {name: interval([one["routing"][name] for one in own]) for name in own[0]["routing"]}
+        found["leaf_domain_information"] = interval([one["leaf_domain_information"] for one in own])
+    if own[0]["report"]:
+        for name in ("tokens_per_second", "peak_memory_gb", "trainable_parameters"):
+            found[name] = interval([one["report"][name] for one in own])
+    return found
+
+
+if __name__ == "__main__":
+    run(main)
