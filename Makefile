@@ -35,35 +35,27 @@ $(INSTALLED): requirements.txt constraints.txt setup.py
 test: $(INSTALLED)
 	.venv/bin/python -m pytest -n auto --dist loadfile
 
-# The demo is what a user would type, with the Factbook for a domain. Its settings suit two CPU cores in ten minutes; a
-# GPU is used if there is one.
+# The demo is what a user would type: countries of the Factbook, read raw and by the recipe that wins on them, at equal
+# tokens. Ten minutes on two CPU cores; a GPU is used if there is one.
 BASE := checkpoints/smollm2-135m-instruct
-DOMAIN := data/factbook/tokens
 GENERAL := data/general/tokens
-RUN := out/factbook
-ASK := --prompts_file data/factbook/probes.jsonl --max_new_tokens 24 --json true
-EVALUATE := scripts/evaluate.py --checkpoint_dir $(BASE) --data_dirs '{domain: $(DOMAIN), general: $(GENERAL)}' \
-	--question_file data/factbook/questions.jsonl --overwrite true
-DEMO_TRAIN ?= --train.epochs 2 --train.learning_rate 1e-3 --replay.ratio 0.2
+EXPERT := out/demo/runs/views+qa+replay.lora.seed0/trained
+ASK := --prompt 'If I climb to the highest spot of Albania, where am I?' --max_new_tokens 32
 
 demo: $(INSTALLED)
 	.venv/bin/python scripts/prepare_demo.py
-	.venv/bin/python scripts/prepare_corpus.py --source data/factbook/documents --val_source data/factbook/heldout \
-		--checkpoint_dir $(BASE) --data_dir $(DOMAIN) --overwrite true
 	.venv/bin/python scripts/prepare_corpus.py --source data/general/replay --val_source data/general/heldout \
 		--checkpoint_dir $(BASE) --data_dir $(GENERAL) --overwrite true
-	.venv/bin/python $(EVALUATE) --out $(RUN)-base.json > /dev/null
+	.venv/bin/python -m benchmarks.injection.domains --domain factbook --relations '[highest_point, internet_code]' \
+		--taught 20 --injected 24 --validation 0 --questions_per_cell 40 --known_questions 20 \
+		--checkpoint_dir $(BASE) --out_dir data/demo --overwrite true
 	.venv/bin/python generate/base.py --checkpoint_dir $(BASE) $(ASK)
-	.venv/bin/python pretrain/lora.py --checkpoint_dir $(BASE) --data_dir $(DOMAIN) --out_dir $(RUN) --overwrite true \
-		--replay.data_dir $(GENERAL) --probe_file data/factbook/probes.jsonl $(DEMO_TRAIN)
-	.venv/bin/python generate/lora.py --checkpoint_dir $(BASE) --adapter_dir $(RUN) $(ASK)
-	.venv/bin/python $(EVALUATE) --adapter_dir $(RUN) --out $(RUN)-adapter.json > /dev/null
-	.venv/bin/python scripts/compare_evaluations.py --base $(RUN)-base.json --adapter $(RUN)-adapter.json \
-		--report $(RUN)/report.json
+	.venv/bin/python scripts/compare_injection.py --config benchmarks/injection/demo.yaml --overwrite true
+	.venv/bin/python generate/lora.py --checkpoint_dir $(BASE) --adapter_dir $(EXPERT) $(ASK)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 clean:
-	rm -rf data/factbook data/general out/factbook out/factbook-base.json out/factbook-adapter.json
+	rm -rf data/factbook data/general data/demo out/demo

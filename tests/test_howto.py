@@ -17,8 +17,8 @@ import pytest
 from conftest import ROOT, run_script
 
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md"))) if path.is_file()]
-SCRIPT_FOLDERS = ("scripts", "pretrain", "finetune", "generate")
-NEEDS_NETWORK = ("scripts/download.py", "scripts/prepare_demo.py")
+SCRIPT_FOLDERS = ("scripts", "pretrain", "finetune", "generate", "benchmarks")
+NEEDS_NETWORK = ("scripts/download.py", "scripts/prepare_demo.py", "-m benchmarks.injection.domains")
 
 COUNTRIES = {
     "norway": "The highest point of Norway is Galdhopiggen, at 2,469 m. Its internet country code is .no.",
@@ -66,13 +66,24 @@ def write_documents(directory: Path) -> None:
 
 
 def write_demo(directory: Path) -> None:
-    """What scripts/prepare_demo.py leaves, of six countries and two pages."""
-    for number, (name, text) in enumerate(COUNTRIES.items()):
-        write(directory / "data/factbook" / ("documents", "heldout")[number % 3 == 2] / f"{name}.txt", f"{text}\n")
+    """What the demo's first commands leave, of six countries and two pages."""
+    demo = directory / "data/demo"
+    splits = dict(zip(COUNTRIES, ("taught", "taught", "injected", "injected", "never", "never"), strict=True))
+    facts, questions = [], []
+    for name, text in COUNTRIES.items():
+        write(demo / ("never" if splits[name] == "never" else "documents") / f"{name}.txt", f"{text}\n")
+        subject, value = re.match(r"The highest point of (\w+) is ([^,]+),", text).groups()
+        facts.append({"subject": subject, "relation": "highest_point", "value": value, "doc_id": name})
+        row = {"id": f"{name}-1", "answers": [value], "doc_id": name, "split": splits[name], "form": "direct"}
+        row |= {"question": f"What is the highest point of {subject}?", "phrasing": "trained"}
+        questions.append(row | {"relation": "highest_point", "subject": subject})
+    statements, asked = "['{value} is the top of {subject}.']", "['Where is the top of {subject}?']"
+    write(demo / "templates.yaml", f"highest_point:\n  statements: {statements}\n  questions: {asked}\n")
+    taught = [row for row in questions if row["split"] == "taught"]
+    for name, rows in (("facts", facts), ("questions", questions), ("train_questions", taught)):
+        write(demo / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for part, text in (("replay", "An abacus is a frame with beads."), ("heldout", "Albedo is reflecting power.")):
         write(directory / "data/general" / part / "documents/page.txt", f"{text}\n")
-    for name in ("questions", "probes"):
-        write(directory / f"data/factbook/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in QUESTIONS))
 
 
 def write(path: Path, text: str) -> None:
@@ -101,8 +112,11 @@ def test_commands_run(page: Path, workplace: Path, tmp_path: Path):
         for path in re.findall(r"\bpython (\S+\.py)\b", command):
             assert (ROOT / path).is_file(), f"{page.name}: {command}: there is no {path}"
         if not is_set_up(command):
-            make_room(directory, command)
-            script.append(f"{command} --print_config > /dev/null" if needs_network(command) else command)
+            if needs_network(command):
+                script.append(f"{command} --print_config > /dev/null")
+            else:
+                make_room(directory, command)
+                script.append(command)
     process = subprocess.run(
         ["bash", "-c", "\n".join(script)],
         cwd=directory,
