@@ -47,8 +47,8 @@ demo: $(INSTALLED)
 	.venv/bin/python scripts/prepare_corpus.py --source data/general/replay --val_source data/general/heldout \
 		--checkpoint_dir $(BASE) --data_dir $(GENERAL) --overwrite true
 	.venv/bin/python -m benchmarks.injection.domains --domain factbook --relations '[highest_point, internet_code]' \
-		--taught 20 --injected 24 --validation 0 --questions_per_cell 40 --known_questions 20 \
-		--checkpoint_dir $(BASE) --out_dir data/demo --overwrite true
+		--taught 20 --injected 24 --validation 0 --questions_per_cell 24 --known_questions 16 \
+		--checkpoint_dir $(BASE) --out_dir data/demo --overwrite true > /dev/null
 	.venv/bin/python generate/base.py --checkpoint_dir $(BASE) $(ASK)
 	.venv/bin/python scripts/compare_injection.py --config benchmarks/injection/demo.yaml --overwrite true
 	.venv/bin/python generate/lora.py --checkpoint_dir $(BASE) --adapter_dir $(EXPERT) $(ASK)

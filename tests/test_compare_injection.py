@@ -60,7 +60,7 @@ import json, sys
 from pathlib import Path
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 name = Path(given["--out"]).parent.name
-rights = {"raw": 0.2, "qa-only": 0.1, "permute": 0.8, "slow": 0.5, "base": 0.0}[name.split(".")[0]]
+rights = {"raw": 0.2, "qa-only": 0.1, "permute": 0.8, "views": 0.5, "slow": 0.5, "base": 0.0}[name.split(".")[0]]
 if "learning_rate=0.1" in name:
     rights /= 2
 rows = [json.loads(line) for line in open(given["--question_file"])]
@@ -183,19 +183,19 @@ def test_options_are_chosen_on_validation_at_the_first_seed(tmp_path: Path, scri
 
 
 def test_only_the_best_and_the_controls_get_further_seeds(tmp_path: Path, scripts: Scripts) -> None:
-    learners = {"lora": {}, "full": {"recipes": ["raw", "slow"], "train.learning_rate": [0.1, 0.2]}}
-    experiment = experiment_in(tmp_path, recipes=["slow", "permute"], learners=learners, best=1)
+    learners = {"lora": {}, "full": {"recipes": ["raw", "views"], "train.learning_rate": [0.1, 0.2]}}
+    experiment = experiment_in(tmp_path, recipes=["views", "permute"], learners=learners, best=1)
     runs = [run for run in carry_out(experiment, scripts) if run.learner]
     assert sorted(names(runs)) == [
         *(f"permute.lora.seed{seed}" for seed in (0, 1)),
         *(f"qa-only.lora.seed{seed}" for seed in (0, 1)),
         *(f"raw.full.learning_rate=0.2.seed{seed}" for seed in (0, 1)),
         *(f"raw.lora.seed{seed}" for seed in (0, 1)),
-        *(f"slow.full.learning_rate=0.2.seed{seed}" for seed in (0, 1)),
-        "slow.lora.seed0",
+        *(f"views.full.learning_rate=0.2.seed{seed}" for seed in (0, 1)),
+        "views.lora.seed0",
     ]
     results = summarise(experiment, collect(experiment, runs))
-    assert [(arm.recipe, len(arm.finished)) for arm in results.arms][-1] == ("slow", 1)  # though raw answers less
+    assert [(arm.recipe, len(arm.finished)) for arm in results.arms][-1] == ("views", 1)  # though raw answers less
 
 
 @pytest.mark.parametrize(
