@@ -444,6 +444,11 @@ def test_ticks_are_round_and_within() -> None:
     assert ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert ticks(-0.013, 0.21, 5) == [0, 0.05, 0.1, 0.15, 0.2]
     assert ticks(97, 1003, 5) == [200, 400, 600, 800, 1000]
+    series = [Series("a", 0, [(2.8, 0.1)]), Series("b", 1, [(2.9, 0.2)])]
+    chart = scatter(
+        "Cost", series, "minutes", "answers", "{:.3g}".format, "{:.0%}".format, [2.8, 2.9], [0.1, 0.2], True
+    )
+    assert ">2.5<" in chart and ">3<" in chart  # though a logarithmic axis has no 1, 2 or 5 there
 
 
 # --- the real programs

@@ -73,6 +73,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
     inside = [value for value in values if low <= value <= high]
+    if len(inside) < 2:
+        return ticks(low, high, 4)
     return inside if len(inside) <= 6 else [value for value in inside if f"{value:e}"[0] == "1"]
 
 
@@ -145,7 +147,8 @@ def intervals(
         parts += [_mark(x, 12, 0, number, "ink-mark"), _write(x + 11, 16, learner)]
     for value in ticks(*frame.xs):
         parts.append(_line(frame.x(value), frame.top, frame.x(value), frame.bottom, "grid"))
-        parts.append(_write(frame.x(value), frame.bottom + 16, f"{100 * value:g} %", "faint", "middle"))
+        anchor = "end" if frame.x(value) > WIDTH - 2 * LETTER else "middle"
+        parts.append(_write(frame.x(value), frame.bottom + 16, f"{100 * value:g} %", "faint", anchor))
     for number, (name, value) in enumerate(references):
         x, y = frame.x(value), 42 + 15 * number
         right = x + 8 + LETTER * len(name) > WIDTH

@@ -194,7 +194,7 @@ def beyond_table(results: Results) -> Table:
     )
     measures += [
         (
-            f"answer entropy, {SPLITS[split]}",
+            f"variety of answers in bits, {SPLITS[split]}",
             lambda row, split=split: _inside(row, "answer_entropy", split),
             "{:.2f}".format,
         )
