@@ -143,9 +143,7 @@ class LoRALinearFunction(torch.autograd.Function):
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         rows = x.flatten(0, -2)
         weight = dense_weight(linear, x.dtype)
-        # Drawn on the CPU whatever the device: no synchronisation, and checkpointed blocks draw the same again.
-        ctx.seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else None
-        dropped = rows * dropout_mask(rows, dropout, ctx.seed, first_row) if dropout else rows
+        dropped, ctx.seed = drop(rows, dropout, first_row)
         low = dropped @ A.T  # (rows, r)
         norms = None
         if magnitude is None:
@@ -190,6 +188,15 @@ class LoRALinearFunction(torch.autograd.Function):
             # Twice as fast on CPU as the product of the transposes.
             grad_B = (low.T @ grad_updated).T.to(lora_B.dtype).mul_(ctx.scaling)
         return grad_x, grad_A, grad_B, grad_magnitude, None, None, None, None
+
+
+def drop(rows: Tensor, dropout: float, first_row: int) -> tuple[Tensor, int | None]:
+    """(rows times a mask, the seed by which `dropout_mask` draws it again in the backward)."""
+    if not dropout:
+        return rows, None
+    # Drawn on the CPU whatever the device: no synchronisation, and checkpointed blocks draw the same again.
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    return rows * dropout_mask(rows, dropout, seed, first_row), seed
 
 
 def dropout_mask(rows: Tensor, dropout: float, seed: int, first_row: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lit_llama.lora_linear import dense_weight, dropout_mask
+from lit_llama.lora_linear import dense_weight, drop, dropout_mask
 from lit_llama.lora_tree_routing import Leaves, Router
 
 Kernel = Literal["mask", "gather", "segment"]
@@ -104,9 +104,7 @@ class LoRATreeFunction(torch.autograd.Function):
     ) -> Tensor:
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         rows = x.flatten(0, -2)
-        # Drawn on the CPU whatever the device: no synchronisation, and checkpointed blocks draw the same again.
-        ctx.seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else None
-        dropped = rows * dropout_mask(rows, dropout, ctx.seed, first_row) if dropout else rows
+        dropped, ctx.seed = drop(rows, dropout, first_row)
         low = dropped @ A.T  # (rows, leaves * r)
         output = F.linear(rows, dense_weight(linear, x.dtype)).addmm_(_weighted(low, weights), B.T, alpha=scaling)
         ctx.save_for_backward(x, low, lora_A, lora_B, weights)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lit_llama.command_line import counted
 from lit_llama.errors import InputError
 from lit_llama.files import read_json
-from lit_llama.functional import SwiGLUFunction, recomputed, swiglu
+from lit_llama.functional import swiglu
 from lit_llama.lora_linear import LoRALinear, dense_weight
 from lit_llama.model import MLP, Llama
 
@@ -429,13 +429,7 @@ class PartitionedMLP(MLP):
         """All neurons are computed, and those of experts that a token does not go through are set to zero."""
         chosen = self.select(x)
         mask = torch.zeros(*x.shape[:-1], self.n_experts, dtype=x.dtype, device=x.device).scatter_(-1, chosen, 1.0)
-        gate, up = self.gate_proj(x), self._of_selected(self.up_proj(x), mask)
-        product = SwiGLUFunction.apply(gate, up)
-        if not (self.recompute_cheap and self.tiles == 1 and torch.is_grad_enabled()):
-            return self.down_proj(product)
-        gate, up = gate.detach(), up.detach()
-        with recomputed(product, lambda: swiglu(gate, up)):
-            return self.down_proj(product)
+        return self.combine(self.gate_proj(x), self._of_selected(self.up_proj(x), mask))
 
     def _of_selected(self, neurons: Tensor, mask: Tensor) -> Tensor:
         """(..., width) times the mask (..., n_experts) of each one's expert."""

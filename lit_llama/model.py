@@ -109,7 +109,10 @@ class MLP(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x (..., hidden) through the MLP at once."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.combine(self.gate_proj(x), self.up_proj(x))
+
+    def combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        """down(silu(gate) * up), with the product made again for a backward rather than kept."""
         product = SwiGLUFunction.apply(gate, up)
         if not (self.recompute_cheap and self.tiles == 1 and torch.is_grad_enabled()):
             return self.down_proj(product)

@@ -234,7 +234,7 @@ def test_distillation_learns_the_teacher_s_probabilities(folder: Path, tiny_chec
 
     from lit_llama.checkpoint import load_model
     from lit_llama.prompts import encode_example
-    from lit_llama.training import LossOfBatch
+    from lit_llama.training_step import LossOfBatch
 
     scribe = Scribe()
     directory = prepared(folder, tiny_checkpoint, "distill", scribe)

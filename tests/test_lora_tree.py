@@ -42,7 +42,7 @@ from lit_llama.lora_tree_routing import (
 from lit_llama.model import KVCache, Llama
 from lit_llama.optimizer import Optimizer
 from lit_llama.packed_linear import PackedLinear, pack_linear_layers
-from lit_llama.training import LossOfBatch
+from lit_llama.training_step import LossOfBatch
 
 SCOPES = ("block", "linear", "model")
 KINDS = {

@@ -19,7 +19,7 @@ from lit_llama.errors import RunError
 from lit_llama.lora import LoRAConfig
 from lit_llama.memory_estimate import TrainingSetup, estimate_memory, fitting_setups, longest_sequence, peak
 from lit_llama.optimizer import Optimizer
-from lit_llama.training import LossOfBatch
+from lit_llama.training_step import LossOfBatch
 
 SMALL = TrainingSetup(
     LoRAConfig(r=4), micro_batch_size=2, sequence_length=512, dtype=torch.float32, device_type="cpu"
