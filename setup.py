@@ -35,7 +35,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["lit_llama", "lit_llama.*"]),
-    package_data={"lit_llama.injection": ["*.css"]},
+    package_data={"lit_llama": ["*.cpp"], "lit_llama.injection": ["*.css"]},
     install_requires=[line for line in REQUIREMENTS if line],
     extras_require=EXTRAS,
 )

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_llama.cpu_decode import cpu_decoder
 from lit_llama.errors import InputError
 from lit_llama.model import KVCache, Llama
+from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import Message, encode_chat, stop_strings, with_system
 from lit_llama.tokenizer import Tokenizer
 
@@ -141,14 +143,14 @@ def generate_stream(
     prompts = as_prompts(input_ids)
     max_new_tokens = checked_length(model, prompts, max_new_tokens)
     clock = time.perf_counter()
-    cache, hidden = _prefill(model, prompts, max_new_tokens)
+    cache, logits = _prefill(model, prompts, max_new_tokens)
     numbers = list(range(len(prompts) * sampling.num_samples))  # of the rows that the batch still has
     unfinished = set(numbers)
-    sampler = Sampler(sampling, prompts, model.config.vocab_size, hidden.device)
-    hidden = _select([row // sampling.num_samples for row in numbers], hidden, cache, sampler)
+    sampler = Sampler(sampling, prompts, model.config.vocab_size, logits.device)
+    logits = _select(model, [row // sampling.num_samples for row in numbers], logits, cache, sampler)
 
     for step in range(1, max_new_tokens + 1):
-        tokens = sampler.draw(model.lm_head(hidden).float())
+        tokens = sampler.draw(logits.float())
         drawn = tokens.tolist()  # waits for the device, once a step
         clock, seconds = time.perf_counter(), time.perf_counter() - clock
         if step == 1:
@@ -171,18 +173,30 @@ def generate_stream(
             return
         if len(unfinished) <= len(numbers) // 2:  # finished rows go along until dropping them saves more than it copies
             kept = [index for index, row in enumerate(numbers) if row in unfinished]
-            tokens = _select(kept, tokens, cache, sampler)
+            tokens = _select(model, kept, tokens, cache, sampler)
             numbers = [numbers[index] for index in kept]
-        hidden = model.model(tokens[:, None], cache=cache)[:, -1]
+        if model.decoder is not None:
+            logits = model.decoder(tokens, cache)
+        else:
+            logits = model.lm_head(model.model(tokens[:, None], cache=cache)[:, -1])
 
 
-def _select(rows: list[int], tensor: Tensor, cache: KVCache, sampler: "Sampler") -> Tensor:
+def prepare_to_generate(model: Llama) -> None:
+    """Make generation as fast as it can be on the model's device; the model can then do nothing else.
+
+    On a CPU `cpu_decode.py` computes the steps, or, where that does not apply, the weights are packed for them.
+    """
+    model.decoder = cpu_decoder(model)
+    if model.decoder is None:
+        pack_linear_layers(model)
+
+
+def _select(model: Llama, rows: list[int], tensor: Tensor, cache: KVCache, sampler: "Sampler") -> Tensor:
     """Let everything that has a row for each row of the batch go on with `rows` of it; returns those of `tensor`.
 
-    On a CPU a single row gets itself for companion: the products of one row run in another kernel than those of
-    several, with other last bits, and two rows take hardly longer than one: reading the weights is what takes time.
+    On a CPU without decoder a single row gets itself for companion, see `_accompanied`.
     """
-    if len(rows) == 1 and tensor.device.type == "cpu":
+    if len(rows) == 1 and tensor.device.type == "cpu" and model.decoder is None:
         rows = rows * 2
     if rows == list(range(len(tensor))):
         return tensor
@@ -229,8 +243,17 @@ def checked_length(model: Llama, prompts: list[list[int]], max_new_tokens: int |
     return max_new_tokens
 
 
+def _accompanied(rows: Tensor) -> Tensor:
+    """A single row on a CPU with itself for companion.
+
+    The products of one row run in another kernel than those of several, with other last bits, and two rows take hardly
+    longer than one: reading the weights is what takes time.
+    """
+    return rows.expand(2, -1) if len(rows) == 1 and rows.device.type == "cpu" else rows
+
+
 def _prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tuple[KVCache, Tensor]:
-    """The cache after the prompts, and their last hidden states (rows, hidden)."""
+    """The cache after the prompts, and the logits of what follows each, (rows, vocab)."""
     weight = model.model.norm.weight
     width = max(map(len, prompts))
     padding = None
@@ -238,12 +261,12 @@ def _prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tup
         padding = torch.tensor([width - len(prompt) for prompt in prompts], device=weight.device)
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=weight.device)
     if padded.numel() == 1:
-        padded = padded.expand(2, 1)  # a companion, as in _select, which drops it
+        padded = _accompanied(padded)
     # The last token needs no place: nothing is computed after it.
     cache = KVCache(model.config, len(padded), width + max_new_tokens - 1, weight.dtype, weight.device, padding)
     for chunk in padded.chunk(-(-padded.numel() // PREFILL_TOKENS), dim=1):  # of like size: none of a token alone
         hidden = model.model(chunk, cache=cache)
-    return cache, hidden[:, -1]
+    return cache, model.lm_head(_accompanied(hidden[:, -1]))[: len(prompts)]
 
 
 class Sampler:

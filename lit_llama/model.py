@@ -225,6 +225,9 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.fingerprint: str | None = None
         """Which base checkpoint the weights came from (`checkpoint.fingerprint`); adapters remember it."""
+        self.decoder: Callable[[Tensor, KVCache], Tensor] | None = None
+        """Computes the steps of generation in place of the layers, where something faster is at hand
+        (`cpu_decode.py`)."""
         self.labels: list[str] | None = None
         """Of a classifier, whose head has a row for each of them (`classification.py`)."""
 
@@ -291,15 +294,8 @@ class KVCache:
     def prepare(self, new: int) -> None:
         """Make ready for `new` more tokens a row: check the room, work out places and mask once for all layers."""
         total = self.length + new
-        if total > self.max_length:
-            raise InputError(f"the cache holds {self.max_length} tokens; {total} are needed")
+        self.reserve(new)
         self._attended = _round_up(total)
-        capacity = self.keys[0].shape[2]
-        if self._attended > capacity:
-            more = max(self._attended, min(2 * capacity, _round_up(self.max_length))) - capacity
-            self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
-            self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
-
         self.mask = self._columns = None
         windowed = self.sliding_window is not None and total > self.sliding_window
         if new == 1 and self.padding is None and not windowed and total == self._attended:
@@ -316,6 +312,17 @@ class KVCache:
             hidden |= keys <= positions[..., None] - self.sliding_window
         mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=positions.device)
         self.mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
+
+    def reserve(self, new: int) -> None:
+        """See that there is memory for `new` more tokens a row."""
+        total = self.length + new
+        if total > self.max_length:
+            raise InputError(f"the cache holds {self.max_length} tokens; {total} are needed")
+        capacity, needed = self.keys[0].shape[2], _round_up(total)
+        if needed > capacity:
+            more = max(needed, min(2 * capacity, _round_up(self.max_length))) - capacity
+            self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
+            self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' keys and values of one layer; returns views of all that the mask covers."""

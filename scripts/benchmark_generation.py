@@ -1,4 +1,4 @@
-"""Tokens a second of greedy generation and of prefill, beside transformers on the same weights.
+"""Tokens a second of greedy generation and of prefill, also with weights in 8 bits, beside transformers.
 
     python scripts/benchmark_generation.py --checkpoint_dir checkpoints/smollm2-135m-instruct --out
     benchmarks/generation_cpu.json
@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,8 @@ from lit_llama.checkpoint import load_model
 from lit_llama.command_line import progress, run
 from lit_llama.errors import InputError
 from lit_llama.files import refuse_overwrite, write_json
-from lit_llama.generation import generate
+from lit_llama.generation import generate, prepare_to_generate
 from lit_llama.hardware import peak_memory_gb, pick_device, pick_dtype, run_environment
-from lit_llama.packed_linear import pack_linear_layers
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 """(prompts, new tokens) -> exactly so many new tokens of each prompt, greedily."""
@@ -72,11 +72,15 @@ def main(
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
 
-    model = load_model(checkpoint_dir, precision, place)
-    weight_bytes, vocab_size = bytes_per_step(model), model.config.vocab_size
-    pack_linear_layers(model)
-    contestants: dict[str, Generate] = {"lit-llama": lambda prompts, count: generate(model, prompts, count)}
+    contestants: dict[str, Generate] = {}
+    weight_bytes = {}
+    for name, stored in {"lit-llama": None, "lit-llama int8": "int8"}.items():
+        model = load_model(checkpoint_dir, precision, place, quantize=stored, embeddings=stored)
+        weight_bytes[name], vocab_size = bytes_per_step(model), model.config.vocab_size
+        prepare_to_generate(model)
+        contestants[name] = partial(generate, model)
     if peer:
+        weight_bytes["transformers"] = weight_bytes["lit-llama"]
         contestants["transformers"] = transformers_generate(checkpoint_dir, precision, place)
 
     seconds: dict[str, dict[str, list[float]]] = {name: {"generate": [], "prefill": []} for name in contestants}
@@ -98,7 +102,7 @@ def main(
         generating, prefilling = (statistics.median(measured[what]) for what in ("generate", "prefill"))
         results[name] = {
             "generate_tokens_per_second": batch_size * new_tokens / generating,
-            "weights_gb_per_second": weight_bytes * new_tokens / generating / 1e9,
+            "weights_gb_per_second": weight_bytes[name] * new_tokens / generating / 1e9,
             "prefill_tokens_per_second": batch_size * prefill_tokens / prefilling,
             "seconds": measured,
         }
@@ -108,10 +112,11 @@ def main(
         "peak_memory_gb_of_all": peak_memory_gb(place),
     }
     if peer:
-        own, other = results["lit-llama"], results["transformers"]
         for what in ("generate", "prefill"):
-            key = f"{what}_tokens_per_second"
-            report[f"{what}_speed_ratio"] = own[key] / other[key]
+            key, other = f"{what}_tokens_per_second", results["transformers"]
+            report[f"{what}_speed_ratio"] = {
+                name: own[key] / other[key] for name, own in results.items() if name != "transformers"
+            }
         report["leading_tokens_alike"] = [
             leading_alike(ours, theirs) for ours, theirs in zip(texts["lit-llama"], texts["transformers"], strict=True)
         ]

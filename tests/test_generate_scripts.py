@@ -223,5 +223,6 @@ def test_benchmark_measures_both(checkpoint: Path, tmp_path: Path) -> None:
     own, peer = report["results"]["lit-llama"], report["results"]["transformers"]
     assert len(own["seconds"]["generate"]) == len(peer["seconds"]["prefill"]) == 2
     ratio = own["generate_tokens_per_second"] / peer["generate_tokens_per_second"]
-    assert report["generate_speed_ratio"] == pytest.approx(ratio)
+    assert report["generate_speed_ratio"]["lit-llama"] == pytest.approx(ratio)
+    assert report["results"].keys() == {"lit-llama", "lit-llama int8", "transformers"}
     assert report["leading_tokens_alike"] == [8]

@@ -1,0 +1,342 @@
+// One token of a Llama on a CPU, for a few rows at once, with every weight read once, where it lies.
+//
+// Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32;
+// weights are fp32, bf16 or int8 with a scale a row; keys and values are fp32 or bf16. What is computed for a row does
+// not depend on the rows beside it. `cpu_decode.py` compiles this file and calls it.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr long PIECE = 1 << 16;  // weights, some microseconds of work
+
+inline float value(float v) { return v; }
+inline float value(int8_t v) { return v; }
+inline float value(uint16_t bits) {  // bf16, the upper half of fp32
+    uint32_t word = uint32_t(bits) << 16;
+    float v;
+    memcpy(&v, &word, sizeof v);
+    return v;
+}
+
+inline void store(float v, float& to) { to = v; }
+inline void store(float v, uint16_t& to) {  // to the nearest, halfway to even
+    uint32_t word;
+    memcpy(&word, &v, sizeof word);
+    to = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+}
+
+template <class T>
+float dot(const T* a, const float* b, long n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += value(a[i]) * b[i];
+    return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+enum Kind : int64_t { FP32, BF16, INT8 };
+
+struct Matrix {  // (out, in), rows one after the other
+    int64_t kind, out, in;
+    const void* weight;
+    const float* scales;  // of int8, one a row
+};
+
+struct LowRank {  // what an adapter adds to a matrix: B A x
+    int64_t r;     // 0: nothing
+    const float *A, *B;  // (r, in), (out, r)
+};
+
+enum Slot { Q, K, V, O, GATE, UP, DOWN, SLOTS };
+
+struct Shape {
+    int64_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, window;  // window 0: none
+    float epsilon;
+    int64_t bf16_cache;
+};
+
+}  // extern "C"
+
+namespace {
+
+float row_dot(const Matrix& m, long row, const float* x) {
+    long at = row * m.in;
+    if (m.kind == FP32) return dot((const float*)m.weight + at, x, m.in);
+    if (m.kind == BF16) return dot((const uint16_t*)m.weight + at, x, m.in);
+    return dot((const int8_t*)m.weight + at, x, m.in) * m.scales[row];
+}
+
+struct Step {  // what changes from token to token
+    int64_t rows, capacity;
+    const int64_t* positions;      // (rows,) of the new tokens
+    const int64_t* adapters;       // (rows,) index into the adapters, -1 the base alone
+    const float *cosines, *sines;  // (rows, head_dim), the first half of sines negated
+    void *const *keys, *const *values;  // a layer: (rows, kv_heads, capacity, head_dim)
+    float *x, *logits;             // (rows, hidden), (rows, vocab)
+};
+
+struct Phase {
+    alignas(64) std::atomic<long> next;  // apart, since one is written while the other is waited for
+    alignas(64) std::atomic<long> done;
+};
+
+struct Decoder {
+    Shape shape;
+    std::vector<Matrix> matrices;  // layers * SLOTS, then the head
+    std::vector<const float*> norms;  // two a layer, then the last
+    std::vector<std::vector<LowRank>> adapters;
+    long max_rank = 0;
+
+    Step step;
+    std::vector<float> qkv, attended, product_of, low;
+
+    // Threads go through the same phases; within one, each takes the next piece of work that nobody has taken.
+    long threads;
+    std::vector<Phase> phases;
+    std::vector<std::thread> workers;
+    std::mutex mutex;
+    std::condition_variable wake;
+    long generation = 0;
+    bool ending = false;
+    std::atomic<long> left{0};
+
+    Decoder(const Shape& s, long thread_count) : shape(s), threads(thread_count), phases(s.layers * 9 + 2) {
+        for (long t = 1; t < threads; t++) workers.emplace_back([this] { work(); });
+    }
+
+    ~Decoder() {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            ending = true;
+        }
+        wake.notify_all();
+        for (auto& worker : workers) worker.join();
+    }
+
+    void work() {
+        for (long seen = 0;;) {
+            for (long spin = 0; spin < 20000 && __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == seen; spin++) pause();
+            {
+                std::unique_lock<std::mutex> lock(mutex);
+                wake.wait(lock, [&] { return ending || generation != seen; });
+                if (ending) return;
+                seen = generation;
+            }
+            forward();
+            left.fetch_sub(1);
+        }
+    }
+
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+
+    template <class Work>
+    void phase(long& number, long pieces, Work work) {
+        Phase& p = phases[number++];
+        long mine = 0;
+        for (long piece; (piece = p.next.fetch_add(1, std::memory_order_relaxed)) < pieces; mine++) work(piece);
+        p.done.fetch_add(mine, std::memory_order_release);
+        for (long spin = 0; p.done.load(std::memory_order_acquire) < pieces; spin++)
+            spin < 10000 ? pause() : std::this_thread::yield();  // a thread that waits for long has lost its core
+    }
+
+    // Of a product: enough that no thread waits long for the last, few enough that taking them costs nothing.
+    long pieces(long matrix) const {
+        const Matrix& m = matrices[matrix];
+        return std::clamp(m.out * m.in / PIECE, 1L, std::min(8 * threads, (long)m.out));
+    }
+
+    void run(const Step& s) {
+        step = s;
+        long rows = s.rows, qkv_size = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+        qkv.resize(rows * qkv_size);
+        attended.resize(rows * shape.heads * shape.head_dim);
+        product_of.resize(rows * shape.intermediate);
+        low.resize(rows * SLOTS * max_rank);
+        for (auto& p : phases) p.next = 0, p.done = 0;
+        left = threads - 1;
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            __atomic_fetch_add(&generation, 1, __ATOMIC_RELEASE);
+        }
+        wake.notify_all();
+        forward();
+        while (left.load() > 0) std::this_thread::yield();
+    }
+
+    // x / rms(x) * weight, by each thread for itself: quicker than waiting for another.
+    void normalise(const float* weight, std::vector<float>& normed) const {
+        normed.resize(step.rows * shape.hidden);
+        for (long r = 0; r < step.rows; r++) {
+            const float* x = step.x + r * shape.hidden;
+            float factor = 1 / std::sqrt(dot(x, x, shape.hidden) / shape.hidden + shape.epsilon);
+            for (long i = 0; i < shape.hidden; i++) normed[r * shape.hidden + i] = x[i] * factor * weight[i];
+        }
+    }
+
+    const LowRank* adapter(long row, long matrix) const {
+        long index = step.adapters[row];
+        if (index < 0 || matrix >= (long)adapters[index].size() || adapters[index][matrix].r == 0) return nullptr;
+        return &adapters[index][matrix];
+    }
+
+    float* low_of(long row, long matrix) { return low.data() + (row * SLOTS + matrix % SLOTS) * max_rank; }
+
+    // low = A x of every row's adapter, for `count` matrices from `first` on, which share the input.
+    void lower(long& number, long first, long count, const float* x, long stride) {
+        if (max_rank == 0) return;
+        phase(number, step.rows * count, [&](long piece) {
+            long row = piece / count, matrix = first + piece % count;
+            if (const LowRank* a = adapter(row, matrix))
+                for (long j = 0; j < a->r; j++)
+                    low_of(row, matrix)[j] = dot(a->A + j * matrices[matrix].in, x + row * stride, matrices[matrix].in);
+        });
+    }
+
+    // store(row, j, output j of the matrix with the row's adapter) for a piece of the outputs.
+    template <class Store>
+    void multiply(long piece, long matrix, const float* x, Store store) {
+        const Matrix& m = matrices[matrix];
+        long count = pieces(matrix), end = m.out * (piece + 1) / count;
+        for (long j = m.out * piece / count; j < end; j++)
+            for (long row = 0; row < step.rows; row++) {  // the weights come from the cache for all but the first
+                float y = row_dot(m, j, x + row * m.in);
+                if (const LowRank* a = adapter(row, matrix)) y += dot(a->B + j * a->r, low_of(row, matrix), a->r);
+                store(row, j, y);
+            }
+    }
+
+    void add_to_residual(long& number, long matrix, const std::vector<float>& from) {
+        long out = matrices[matrix].out;
+        lower(number, matrix, 1, from.data(), matrices[matrix].in);
+        phase(number, pieces(matrix), [&](long piece) {
+            multiply(piece, matrix, from.data(), [&](long row, long j, float y) { step.x[row * out + j] += y; });
+        });
+    }
+
+    template <class T>
+    void attend(long layer, long row, long kv_head, std::vector<float>& weights) {
+        long d = shape.head_dim, group = shape.heads / shape.kv_heads, position = step.positions[row];
+        long start = shape.window ? std::max(0L, position - shape.window + 1) : 0L;
+        float* q = qkv.data() + row * (shape.heads + 2 * shape.kv_heads) * d + kv_head * group * d;
+        float* k = q + (shape.heads - kv_head * group + kv_head) * d;
+        float* v = k + shape.kv_heads * d;
+        T* keys = (T*)step.keys[layer] + (row * shape.kv_heads + kv_head) * step.capacity * d;
+        T* values = (T*)step.values[layer] + (row * shape.kv_heads + kv_head) * step.capacity * d;
+        rotate(k, row);
+        for (long i = 0; i < d; i++) store(k[i], keys[position * d + i]), store(v[i], values[position * d + i]);
+        weights.resize(position + 1);
+        for (long h = 0; h < group; h++) {
+            float *query = q + h * d, *out = attended.data() + (row * shape.heads + kv_head * group + h) * d;
+            rotate(query, row);
+            float largest = -INFINITY, total = 0, scale = 1 / std::sqrt(float(d));
+            for (long t = start; t <= position; t++) {
+                weights[t] = scale * dot(keys + t * d, query, d);
+                largest = std::max(largest, weights[t]);
+            }
+            for (long t = start; t <= position; t++) total += weights[t] = std::exp(weights[t] - largest);
+            memset(out, 0, d * sizeof(float));
+            for (long t = start; t <= position; t++) {
+                float share = weights[t] / total;
+                for (long i = 0; i < d; i++) out[i] += share * value(values[t * d + i]);
+            }
+        }
+    }
+
+    void rotate(float* x, long row) const {  // half-split, as Hugging Face
+        long d = shape.head_dim, half = d / 2;
+        const float *cosines = step.cosines + row * d, *sines = step.sines + row * d;
+        for (long i = 0; i < half; i++) {
+            float a = x[i], b = x[i + half];
+            x[i] = a * cosines[i] + b * sines[i];
+            x[i + half] = b * cosines[i + half] + a * sines[i + half];
+        }
+    }
+
+    void forward() {
+        std::vector<float> normed, weights;
+        long rows = step.rows, number = 0, hidden = shape.hidden;
+        long q_size = shape.heads * shape.head_dim, kv_size = shape.kv_heads * shape.head_dim;
+        for (long layer = 0; layer < shape.layers; layer++) {
+            long first = layer * SLOTS;
+            normalise(norms[2 * layer], normed);
+            lower(number, first + Q, 3, normed.data(), hidden);
+            long outputs = q_size + 2 * kv_size, q_pieces = pieces(first + Q), kv_pieces = pieces(first + K);
+            phase(number, q_pieces + 2 * kv_pieces, [&](long piece) {
+                long slot = piece < q_pieces ? Q : piece < q_pieces + kv_pieces ? K : V;
+                long offset = slot == Q ? 0 : q_size + (slot - K) * kv_size;
+                piece -= slot == Q ? 0 : q_pieces + (slot - K) * kv_pieces;
+                multiply(piece, first + slot, normed.data(),
+                         [&](long row, long j, float y) { qkv[row * outputs + offset + j] = y; });
+            });
+            phase(number, rows * shape.kv_heads, [&](long piece) {
+                long row = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
+                if (shape.bf16_cache) attend<uint16_t>(layer, row, kv_head, weights);
+                else attend<float>(layer, row, kv_head, weights);
+            });
+            add_to_residual(number, first + O, attended);
+            normalise(norms[2 * layer + 1], normed);
+            lower(number, first + GATE, 2, normed.data(), hidden);
+            phase(number, pieces(first + GATE), [&](long piece) {
+                auto at = [&](long row, long j) -> float& { return product_of[row * shape.intermediate + j]; };
+                multiply(piece, first + GATE, normed.data(),
+                         [&](long row, long j, float y) { at(row, j) = y / (1 + std::exp(-y)); });
+                multiply(piece, first + UP, normed.data(), [&](long row, long j, float y) { at(row, j) *= y; });
+            });
+            add_to_residual(number, first + DOWN, product_of);
+        }
+        normalise(norms[2 * shape.layers], normed);
+        long head = matrices.size() - 1;
+        phase(number, pieces(head), [&](long piece) {
+            multiply(piece, head, normed.data(),
+                     [&](long row, long j, float y) { step.logits[row * shape.vocab + j] = y; });
+        });
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+void* decoder_new(const Shape* shape, const Matrix* matrices, const float* const* norms, int64_t threads) {
+    Decoder* decoder = new Decoder(*shape, threads);
+    decoder->matrices.assign(matrices, matrices + shape->layers * SLOTS + 1);
+    decoder->norms.assign(norms, norms + 2 * shape->layers + 1);
+    return decoder;
+}
+
+void decoder_set_adapters(void* handle, const LowRank* adapters, int64_t count) {
+    Decoder* decoder = (Decoder*)handle;
+    long matrices = decoder->shape.layers * SLOTS;
+    decoder->adapters.clear();
+    decoder->max_rank = 0;
+    for (long i = 0; i < count; i++) {
+        decoder->adapters.emplace_back(adapters + i * matrices, adapters + (i + 1) * matrices);
+        for (const LowRank& a : decoder->adapters.back()) decoder->max_rank = std::max(decoder->max_rank, (long)a.r);
+    }
+}
+
+void decoder_step(void* handle, int64_t rows, int64_t capacity, const int64_t* positions, const int64_t* adapters,
+                  const float* cosines, const float* sines, void* const* keys, void* const* values, float* x,
+                  float* logits) {
+    ((Decoder*)handle)->run({rows, capacity, positions, adapters, cosines, sines, keys, values, x, logits});
+}
+
+void decoder_delete(void* handle) { delete (Decoder*)handle; }
+
+}  // extern "C"

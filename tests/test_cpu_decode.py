@@ -1,0 +1,197 @@
+"""The CPU's decoder against transformers and PEFT, and itself: alone and beside others, by one thread and by more."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from lit_llama import cpu_decode
+from lit_llama.checkpoint import load_model, save_checkpoint
+from lit_llama.config import LlamaConfig
+from lit_llama.cpu_decode import cpu_decoder
+from lit_llama.generation import generate, prepare_to_generate
+from lit_llama.lora import LoRAConfig, inject_lora, lora_layers, save_adapter
+from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree
+from lit_llama.model import KVCache, Llama
+from lit_llama.prompt_tuning import PrefixConfig, inject_prefix
+from lit_llama.quantization import QuantizedLinear
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_model(**changes: object) -> Llama:
+    shape = dict(hidden_size=72, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=12)
+    config = LlamaConfig(**shape | dict(intermediate_size=104, vocab_size=320, max_position_embeddings=256) | changes)
+    torch.manual_seed(0)
+    model = Llama(config)
+    model.initialize_(std=0.15)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def random_adapter(model: Llama, seed: int = 0, **options: object) -> None:
+    inject_lora(model, LoRAConfig(r=5, **options))
+    torch.manual_seed(seed)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    model.eval()
+
+
+def token_ids(rows: int, length: int) -> Tensor:
+    return torch.randint(320, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def decoded(model: Llama, ids: Tensor, read: int, padding: Tensor | None = None, threads: int = 1) -> Tensor:
+    """Logits (rows, length - read, vocab) of `ids`, of which the model reads some and the decoder the others."""
+    torch.set_num_threads(threads)
+    decoder = cpu_decoder(model)
+    torch.set_num_threads(1)
+    assert decoder is not None
+    cache = KVCache(model.config, len(ids), ids.shape[1], model.model.norm.weight.dtype, padding=padding)
+    model.model(ids[:, :read], cache=cache)
+    return torch.stack([decoder(tokens.contiguous(), cache) for tokens in ids[:, read:].T], dim=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 6},
+        {"sliding_window": 9, "model_type": "mistral"},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ],
+    ids=["plain", "tied", "sliding window", "llama3 rope"],
+)  # fmt: skip
+def test_logits_are_those_of_transformers(tiny_checkpoint: Path, tmp_path: Path, changes: dict) -> None:
+    save_checkpoint(random_model(**changes), tmp_path / "base", tokenizer_from=tiny_checkpoint)
+    model = load_model(tmp_path / "base", dtype=torch.float32).eval()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    ids = token_ids(3, 60)
+    with torch.inference_mode():
+        expected = peer(ids).logits[:, 20:]
+    torch.testing.assert_close(decoded(model, ids, 20), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_computed_as_each_would_be_alone() -> None:
+    model, ids = random_model(), token_ids(3, 30)
+    together = decoded(model, ids, 10)
+    assert all(torch.equal(together[row], decoded(model, ids[[row, row]], 10)[0]) for row in range(3))
+    # Left-padded: the first tokens of a row are nothing.
+    padding = torch.tensor([0, 3, 7])
+    padded = decoded(model, ids, 10, padding)
+    for row, nothing in enumerate(padding.tolist()):
+        alone = decoded(model, ids[[row, row], nothing:], 10 - nothing)[0]
+        torch.testing.assert_close(padded[row], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_share_the_work_and_change_nothing() -> None:
+    model, ids = random_model(hidden_size=288, intermediate_size=700), token_ids(4, 24)  # several pieces a product
+    assert torch.equal(decoded(model, ids, 4, threads=3), decoded(model, ids, 4))
+
+
+def test_bf16_is_no_further_from_the_truth_than_the_model_itself() -> None:
+    model, ids = random_model().bfloat16(), token_ids(2, 40)
+    truth = random_model()
+    truth.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    with torch.inference_mode():
+        expected, own = truth(ids)[:, 20:], model(ids)[:, 20:].float()
+    found = decoded(model, ids, 20)
+    assert 0 < (found - expected).abs().max() <= (own - expected).abs().max()
+
+
+def test_int8_weights_are_used_as_stored(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint, torch.float32, quantize="int8", embeddings="int8").eval()
+    dense = load_model(tiny_checkpoint, torch.float32).eval()
+    for name in [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]:
+        stored, target = model.get_submodule(name), name.replace(".table", "")
+        dense.get_submodule(target).weight = torch.nn.Parameter(stored.codes.float() * stored.scale)
+    dense.lm_head.weight = dense.model.embed_tokens.weight
+    ids = token_ids(2, 40)
+    with torch.inference_mode():
+        expected = dense(ids)[:, 20:]
+    torch.testing.assert_close(decoded(model, ids, 20), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True, "targets": ["v_proj", "down_proj"]}, {"init": "pissa"}])
+def test_adapters_act_as_in_peft(tiny_checkpoint: Path, tmp_path: Path, options: dict) -> None:
+    from peft import PeftModel
+
+    model = load_model(tiny_checkpoint, torch.float32)
+    random_adapter(model, **options)
+    save_adapter(model, tmp_path / "adapter", base_model=str(tiny_checkpoint))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    peer = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = token_ids(2, 40)
+    with torch.inference_mode():
+        expected = peer(ids).logits[:, 20:]
+    torch.testing.assert_close(decoded(model, ids, 20), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_text_is_the_same(tiny_checkpoint: Path) -> None:
+    prompts = [token_ids(1, length)[0].tolist() for length in (1, 30, 7)]
+    for changes in ({}, {"sliding_window": 9, "model_type": "mistral"}):
+        model = random_model(**changes)
+        expected = generate(model, prompts, 40)
+        prepare_to_generate(model)
+        assert model.decoder is not None
+        assert generate(model, prompts, 40) == expected
+        assert [generate(model, [prompt], 40)[0] for prompt in prompts] == expected
+
+
+def test_models_that_it_does_not_know_go_without(tiny_checkpoint: Path) -> None:
+    assert cpu_decoder(random_model().to(torch.float16)) is None
+    for quantize in ("nf4", "nf4-dq"):
+        assert cpu_decoder(load_model(tiny_checkpoint, torch.float32, quantize=quantize)) is None
+    model = random_model()
+    random_adapter(model, dora=True)
+    assert cpu_decoder(model) is None
+    model = random_model()
+    random_adapter(model, targets=["q_proj", "lm_head"])
+    assert cpu_decoder(model) is None
+    model = random_model()
+    inject_prefix(model, PrefixConfig(init="random"))
+    assert cpu_decoder(model) is None
+    model = random_model()
+    inject_lora_tree(model, LoRATreeConfig(depth=1, r=4))
+    assert cpu_decoder(model) is None
+    expected = generate(model, [[5, 6, 7]], 8)
+    prepare_to_generate(model)
+    assert model.decoder is None
+    assert generate(model, [[5, 6, 7]], 8) == expected
+
+
+@pytest.mark.parametrize("compiler", ["none", "one that fails"])
+def test_without_a_compiler_it_says_so(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler != "none":
+        (tmp_path / "c++").write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+        (tmp_path / "c++").chmod(0o755)
+    cpu_decode._library.cache_clear()
+    try:
+        assert cpu_decoder(random_model()) is None
+    finally:
+        cpu_decode._library.cache_clear()
+    message = capfd.readouterr().err
+    assert ("no C++ compiler found" if compiler == "none" else "(broken)") in message and message.count("\n") == 1
+    assert not list((tmp_path / "cache").rglob("*.so*"))
