@@ -1,4 +1,5 @@
-// One token of a Llama on a CPU, for a few rows at once, with every weight read once, where it lies.
+// A Llama on a CPU: a token of a few rows at once with every weight read once, where it lies; and, of a prompt,
+// everything between the matrix products.
 //
 // Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32;
 // weights are fp32, bf16 or int8 with a scale a row; keys and values are fp32 or bf16. What is computed for a row does
@@ -7,10 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -33,6 +32,18 @@ inline void store(float v, uint16_t& to) {  // to the nearest, halfway to even
     memcpy(&word, &v, sizeof word);
     to = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
 }
+
+// e^x within 2 units of the last place, in a form that the compiler can do for many x at once: 2^n 2^f with |f| <= 1/2.
+inline float exponential(float x) {
+    float t = std::max(x, -87.0f) * 1.44269504f, n = std::rint(t), f = (t - n) * 0.69314718f;
+    float series = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f / 720.0f)))));
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return series * power;
+}
+
+inline float silu(float x) { return x / (1 + exponential(std::min(-x, 87.0f))); }
 
 template <class T>
 float dot(const T* a, const float* b, long n) {
@@ -64,7 +75,7 @@ enum Slot { Q, K, V, O, GATE, UP, DOWN, SLOTS };
 struct Shape {
     int64_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, window;  // window 0: none
     float epsilon;
-    int64_t bf16_cache;
+    int64_t bf16;  // else fp32: keys, values, and what products of prompts take and give
 };
 
 }  // extern "C"
@@ -78,6 +89,17 @@ float row_dot(const Matrix& m, long row, const float* x) {
     return dot((const int8_t*)m.weight + at, x, m.in) * m.scales[row];
 }
 
+// Half-split, as Hugging Face; `to` may be x.
+template <class T>
+void rotate(const T* x, const float* cosines, const float* sines, long head_dim, T* to) {
+    long half = head_dim / 2;
+    for (long i = 0; i < half; i++) {
+        float a = value(x[i]), b = value(x[i + half]);
+        store(a * cosines[i] + b * sines[i], to[i]);
+        store(b * cosines[i + half] + a * sines[i + half], to[i + half]);
+    }
+}
+
 struct Step {  // what changes from token to token
     int64_t rows, capacity;
     const int64_t* positions;      // (rows,) of the new tokens
@@ -85,6 +107,12 @@ struct Step {  // what changes from token to token
     const float *cosines, *sines;  // (rows, head_dim), the first half of sines negated
     void *const *keys, *const *values;  // a layer: (rows, kv_heads, capacity, head_dim)
     float *x, *logits;             // (rows, hidden), (rows, vocab)
+};
+
+struct Prompt {
+    int64_t rows, length, capacity;
+    const int64_t *positions, *columns;  // (rows, length): of the tokens, and where the cache holds them
+    const float *cosines, *sines;        // (rows, length, head_dim), the first half of sines negated
 };
 
 struct Phase {
@@ -103,41 +131,10 @@ struct Decoder {
     std::vector<float> qkv, attended, product_of, low;
 
     // Threads go through the same phases; within one, each takes the next piece of work that nobody has taken.
-    long threads;
+    int threads;
     std::vector<Phase> phases;
-    std::vector<std::thread> workers;
-    std::mutex mutex;
-    std::condition_variable wake;
-    long generation = 0;
-    bool ending = false;
-    std::atomic<long> left{0};
 
-    Decoder(const Shape& s, long thread_count) : shape(s), threads(thread_count), phases(s.layers * 9 + 2) {
-        for (long t = 1; t < threads; t++) workers.emplace_back([this] { work(); });
-    }
-
-    ~Decoder() {
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            ending = true;
-        }
-        wake.notify_all();
-        for (auto& worker : workers) worker.join();
-    }
-
-    void work() {
-        for (long seen = 0;;) {
-            for (long spin = 0; spin < 20000 && __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == seen; spin++) pause();
-            {
-                std::unique_lock<std::mutex> lock(mutex);
-                wake.wait(lock, [&] { return ending || generation != seen; });
-                if (ending) return;
-                seen = generation;
-            }
-            forward();
-            left.fetch_sub(1);
-        }
-    }
+    Decoder(const Shape& s, long thread_count) : shape(s), threads(thread_count), phases(s.layers * 9 + 2) {}
 
     static void pause() {
 #if defined(__x86_64__)
@@ -158,25 +155,28 @@ struct Decoder {
     // Of a product: enough that no thread waits long for the last, few enough that taking them costs nothing.
     long pieces(long matrix) const {
         const Matrix& m = matrices[matrix];
-        return std::clamp(m.out * m.in / PIECE, 1L, std::min(8 * threads, (long)m.out));
+        return std::clamp(m.out * m.in / PIECE, 1L, std::min(8L * threads, (long)m.out));
     }
 
-    void run(const Step& s) {
+    // work(first, end) for ranges that make up 0 .. count.
+    template <class Work>
+    void split(long count, Work work) {
+        long ranges = std::min(count, 4L * threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (long i = 0; i < ranges; i++) work(count * i / ranges, count * (i + 1) / ranges);
+    }
+
+    // --- A step of generation
+
+    void decode(const Step& s) {
         step = s;
-        long rows = s.rows, qkv_size = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-        qkv.resize(rows * qkv_size);
-        attended.resize(rows * shape.heads * shape.head_dim);
-        product_of.resize(rows * shape.intermediate);
-        low.resize(rows * SLOTS * max_rank);
+        qkv.resize(s.rows * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+        attended.resize(s.rows * shape.heads * shape.head_dim);
+        product_of.resize(s.rows * shape.intermediate);
+        low.resize(s.rows * SLOTS * max_rank);
         for (auto& p : phases) p.next = 0, p.done = 0;
-        left = threads - 1;
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            __atomic_fetch_add(&generation, 1, __ATOMIC_RELEASE);
-        }
-        wake.notify_all();
+#pragma omp parallel num_threads(threads)
         forward();
-        while (left.load() > 0) std::this_thread::yield();
     }
 
     // x / rms(x) * weight, by each thread for itself: quicker than waiting for another.
@@ -229,6 +229,10 @@ struct Decoder {
         });
     }
 
+    void rotate(const float* x, long row, float* to) const {
+        ::rotate(x, step.cosines + row * shape.head_dim, step.sines + row * shape.head_dim, shape.head_dim, to);
+    }
+
     template <class T>
     void attend(long layer, long row, long kv_head, std::vector<float>& weights) {
         long d = shape.head_dim, group = shape.heads / shape.kv_heads, position = step.positions[row];
@@ -238,33 +242,23 @@ struct Decoder {
         float* v = k + shape.kv_heads * d;
         T* keys = (T*)step.keys[layer] + (row * shape.kv_heads + kv_head) * step.capacity * d;
         T* values = (T*)step.values[layer] + (row * shape.kv_heads + kv_head) * step.capacity * d;
-        rotate(k, row);
+        rotate(k, row, k);
         for (long i = 0; i < d; i++) store(k[i], keys[position * d + i]), store(v[i], values[position * d + i]);
         weights.resize(position + 1);
         for (long h = 0; h < group; h++) {
             float *query = q + h * d, *out = attended.data() + (row * shape.heads + kv_head * group + h) * d;
-            rotate(query, row);
-            float largest = -INFINITY, total = 0, scale = 1 / std::sqrt(float(d));
+            rotate(query, row, query);
+            float largest = -3e38f, total = 0, scale = 1 / std::sqrt(float(d));
             for (long t = start; t <= position; t++) {
                 weights[t] = scale * dot(keys + t * d, query, d);
                 largest = std::max(largest, weights[t]);
             }
-            for (long t = start; t <= position; t++) total += weights[t] = std::exp(weights[t] - largest);
+            for (long t = start; t <= position; t++) total += weights[t] = exponential(weights[t] - largest);
             memset(out, 0, d * sizeof(float));
             for (long t = start; t <= position; t++) {
                 float share = weights[t] / total;
                 for (long i = 0; i < d; i++) out[i] += share * value(values[t * d + i]);
             }
-        }
-    }
-
-    void rotate(float* x, long row) const {  // half-split, as Hugging Face
-        long d = shape.head_dim, half = d / 2;
-        const float *cosines = step.cosines + row * d, *sines = step.sines + row * d;
-        for (long i = 0; i < half; i++) {
-            float a = x[i], b = x[i + half];
-            x[i] = a * cosines[i] + b * sines[i];
-            x[i + half] = b * cosines[i + half] + a * sines[i + half];
         }
     }
 
@@ -286,7 +280,7 @@ struct Decoder {
             });
             phase(number, rows * shape.kv_heads, [&](long piece) {
                 long row = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
-                if (shape.bf16_cache) attend<uint16_t>(layer, row, kv_head, weights);
+                if (shape.bf16) attend<uint16_t>(layer, row, kv_head, weights);
                 else attend<float>(layer, row, kv_head, weights);
             });
             add_to_residual(number, first + O, attended);
@@ -295,7 +289,7 @@ struct Decoder {
             phase(number, pieces(first + GATE), [&](long piece) {
                 auto at = [&](long row, long j) -> float& { return product_of[row * shape.intermediate + j]; };
                 multiply(piece, first + GATE, normed.data(),
-                         [&](long row, long j, float y) { at(row, j) = y / (1 + std::exp(-y)); });
+                         [&](long row, long j, float y) { at(row, j) = silu(y); });
                 multiply(piece, first + UP, normed.data(), [&](long row, long j, float y) { at(row, j) *= y; });
             });
             add_to_residual(number, first + DOWN, product_of);
@@ -307,7 +301,82 @@ struct Decoder {
                      [&](long row, long j, float y) { step.logits[row * shape.vocab + j] = y; });
         });
     }
+
+    // --- Of a prompt, what lies between the matrix products; T is the dtype of the weights
+
+    // x += added, normed = x / rms(x) * weight, for rows of x fp32.
+    template <class T>
+    void add_and_normalise(long rows, float* x, const T* added, long norm, T* normed) {
+        const float* weight = norms[norm];
+        long n = shape.hidden;
+        split(rows, [&](long row, long end) {
+            for (; row < end; row++) {
+                float* own = x + row * n;
+                if (added)
+                    for (long i = 0; i < n; i++) own[i] += value(added[row * n + i]);
+                float factor = 1 / std::sqrt(dot(own, own, n) / n + shape.epsilon);
+                for (long i = 0; i < n; i++) store(own[i] * factor * weight[i], normed[row * n + i]);
+            }
+        });
+    }
+
+    // Queries (rows, length, heads * d) rotated to (rows, heads, length, d); keys, rotated, and values into the cache.
+    template <class T>
+    void rotate_and_store(const Prompt& p, const T* q, const T* k, const T* v, T* queries, T* keys, T* values) {
+        long d = shape.head_dim;
+        split(p.rows * p.length, [&](long token, long end) {
+            for (; token < end; token++) {
+                long row = token / p.length, at = token % p.length, column = p.columns[token];
+                const float *cosines = p.cosines + token * d, *sines = p.sines + token * d;
+                for (long h = 0; h < shape.heads; h++)
+                    ::rotate(q + (token * shape.heads + h) * d, cosines, sines, d,
+                             queries + ((row * shape.heads + h) * p.length + at) * d);
+                for (long h = 0; h < shape.kv_heads; h++) {
+                    long place = ((row * shape.kv_heads + h) * p.capacity + column) * d;
+                    ::rotate(k + (token * shape.kv_heads + h) * d, cosines, sines, d, keys + place);
+                    memcpy(values + place, v + (token * shape.kv_heads + h) * d, d * sizeof(T));
+                }
+            }
+        });
+    }
+
+    // Scores (rows, heads, queries, keys) of the prompt's tokens `first` .. into attention weights, in place.
+    template <class T>
+    void softmax(const Prompt& p, T* scores, long first, long queries, long keys) {
+        float scale = 1 / std::sqrt(float(shape.head_dim));
+        split(p.rows * shape.heads * queries, [&](long line, long end) {
+            std::vector<float> weights(keys);
+            for (; line < end; line++) {
+                long row = line / (shape.heads * queries), position = p.positions[row * p.length + first + line % queries];
+                long from = shape.window ? std::max(0L, position - shape.window + 1) : 0L, to = position + 1;
+                T* own = scores + line * keys;
+                float largest = -3e38f, total = 0;
+                for (long i = from; i < to; i++) weights[i] = scale * value(own[i]);
+                for (long i = from; i < to; i++) largest = std::max(largest, weights[i]);
+                for (long i = from; i < to; i++) total += weights[i] = exponential(weights[i] - largest);
+                float share = 1 / total;
+                for (long i = 0; i < from; i++) store(0, own[i]);
+                for (long i = from; i < to; i++) store(weights[i] * share, own[i]);
+                for (long i = to; i < keys; i++) store(0, own[i]);
+            }
+        });
+    }
+
+    template <class T>
+    void gate_times_up(long count, T* gate, const T* up) {
+        split(count, [&](long i, long end) {
+            for (; i < end; i++) store(silu(value(gate[i])) * value(up[i]), gate[i]);
+        });
+    }
 };
+
+// Calls back with a zero of the type that weights are computed with.
+template <class Call>
+void with_dtype(void* handle, Call call) {
+    Decoder& decoder = *(Decoder*)handle;
+    if (decoder.shape.bf16) call(decoder, uint16_t());
+    else call(decoder, float());
+}
 
 }  // namespace
 
@@ -334,7 +403,33 @@ void decoder_set_adapters(void* handle, const LowRank* adapters, int64_t count) 
 void decoder_step(void* handle, int64_t rows, int64_t capacity, const int64_t* positions, const int64_t* adapters,
                   const float* cosines, const float* sines, void* const* keys, void* const* values, float* x,
                   float* logits) {
-    ((Decoder*)handle)->run({rows, capacity, positions, adapters, cosines, sines, keys, values, x, logits});
+    ((Decoder*)handle)->decode({rows, capacity, positions, adapters, cosines, sines, keys, values, x, logits});
+}
+
+void decoder_add_and_normalise(void* handle, int64_t rows, float* x, const void* added, int64_t norm, void* normed) {
+    with_dtype(handle, [=](Decoder& decoder, auto zero) {
+        decoder.add_and_normalise(rows, x, (const decltype(zero)*)added, norm, (decltype(zero)*)normed);
+    });
+}
+
+void decoder_rotate_and_store(void* handle, const Prompt* prompt, const void* q, const void* k, const void* v,
+                              void* queries, void* keys, void* values) {
+    with_dtype(handle, [=](Decoder& decoder, auto zero) {
+        using T = decltype(zero);
+        decoder.rotate_and_store(*prompt, (const T*)q, (const T*)k, (const T*)v, (T*)queries, (T*)keys, (T*)values);
+    });
+}
+
+void decoder_softmax(void* handle, const Prompt* prompt, void* scores, int64_t first, int64_t queries, int64_t keys) {
+    with_dtype(handle, [=](Decoder& decoder, auto zero) {
+        decoder.softmax(*prompt, (decltype(zero)*)scores, first, queries, keys);
+    });
+}
+
+void decoder_gate_times_up(void* handle, int64_t count, void* gate, const void* up) {
+    with_dtype(handle, [=](Decoder& decoder, auto zero) {
+        decoder.gate_times_up(count, (decltype(zero)*)gate, (const decltype(zero)*)up);
+    });
 }
 
 void decoder_delete(void* handle) { delete (Decoder*)handle; }

@@ -1,9 +1,10 @@
-"""One token of each row of a batch on a CPU, at the speed at which its memory gives the weights.
+"""Generation on a CPU, at the speed at which its memory gives the weights and its cores multiply.
 
-PyTorch spends most of such a step between kernels, and its kernels for few rows read the weights at half of what the
-memory can. `cpu_decode.cpp` does a whole step in one call, on the weights where they lie: nothing is copied or packed,
-so that it is ready at once. It is compiled the first time, which takes seconds, with the machine's own C++ compiler;
-without one, or with a layer that it does not know, everything goes through the model as before.
+PyTorch spends most of a step of generation between kernels, and its kernels for few rows read the weights at half of
+what the memory can. `cpu_decode.cpp` does a whole step in one call, on the weights where they lie: nothing is copied or
+packed, so that it is ready at once. Of a prompt the matrix products are PyTorch's, and all between them is in that file
+too. It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without one, or with a
+layer that it does not know, everything goes through the model as before.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -22,16 +24,18 @@ from torch import Tensor, nn
 from lit_llama.command_line import progress
 from lit_llama.errors import RunError
 from lit_llama.files import atomic_path
-from lit_llama.functional import attention
+from lit_llama.functional import QUERY_BLOCK, attention
 from lit_llama.lora_linear import LoRALinear
 from lit_llama.model import MLP, KVCache, Llama, rotary_inverse_frequencies
 from lit_llama.quantization import QuantizedLinear
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", "-pthread",
-    # Sums may be taken in any order, and nobody asks for the exceptions of arithmetic.
-    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno",
+    "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC",
+    # Apple's compiler has no OpenMP: one thread there. Elsewhere the threads are PyTorch's own, whose library it is.
+    "-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp",
+    # Sums may be taken in any order, nothing is infinite, and nobody asks for the exceptions of arithmetic.
+    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffinite-math-only",
 )  # fmt: skip
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
 
@@ -49,15 +53,22 @@ class _Shape(Structure):
         *((name, c_int64) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab")),
         ("window", c_int64),
         ("epsilon", c_float),
-        ("bf16_cache", c_int64),
+        ("bf16", c_int64),
+    ]
+
+
+class _Prompt(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "length", "capacity")),
+        *((name, c_void_p) for name in ("positions", "columns", "cosines", "sines")),
     ]
 
 
 class CPUDecoder:
-    """Computes the logits of one more token a row; made by `cpu_decoder`.
+    """Reads prompts and computes the logits of one more token a row; made by `cpu_decoder`.
 
-    Activations are fp32 whatever the weights are, so that the logits differ from the model's own by the rounding that
-    those do. A row's logits do not depend, to the bit, on which rows go with it.
+    Residuals are fp32 whatever the weights are, and in a step everything is, so that the logits differ from the model's
+    own by the rounding that those do. A row's step does not depend, to the bit, on which rows go with it.
     """
 
     def __init__(self, model: Llama, layers: list[nn.Module], library: ctypes.CDLL) -> None:
@@ -96,15 +107,76 @@ class CPUDecoder:
     def __del__(self) -> None:
         self.library.decoder_delete(self.handle)
 
+    def read(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Read (rows, length) int64 ids into the cache; returns the last's normalised hidden states (rows, hidden)."""
+        rows, length = input_ids.shape
+        cache.reserve(length)
+        total = cache.length + length
+        positions = torch.arange(cache.length, total).expand(rows, -1)
+        if cache.padding is not None:
+            positions = positions - cache.padding[:, None]
+        columns, positions = positions.remainder(total).contiguous(), positions.clamp_min(0).contiguous()  # see KVCache
+        tables = self._rotary_tables(positions)
+        prompt = _Prompt(rows, length, cache.keys[0].shape[2], *map(_pointer, (positions, columns, *tables)))
+
+        x = self.model.model.embed_tokens(input_ids).float()
+        added, normed = None, torch.empty(x.shape, dtype=cache.keys[0].dtype)
+        for number, layer in enumerate(self.model.model.layers):
+            self._add_and_normalise(x, added, 2 * number, normed)
+            attention_layer, mlp = layer.self_attn, layer.mlp
+            projections = (attention_layer.q_proj, attention_layer.k_proj, attention_layer.v_proj)
+            query, key, value = (projection(normed) for projection in projections)
+            mixed = self._attend(query, key, value, cache.keys[number], cache.values[number], prompt, cache.length)
+            added = attention_layer.o_proj(mixed)
+            self._add_and_normalise(x, added, 2 * number + 1, normed)
+            gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+            self.library.decoder_gate_times_up(self.handle, gate.numel(), _pointer(gate), _pointer(up))
+            added = mlp.down_proj(gate)
+        self._add_and_normalise(x, added, len(self._norms) - 1, normed)
+        cache.length = total
+        return normed[:, -1]
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, prompt: _Prompt, before: int
+    ) -> Tensor:
+        """Attention of a prompt (rows, length, heads * head_dim each) over the cache, in which it is stored."""
+        rows, kv_heads, _, head_dim = keys.shape
+        length, heads = prompt.length, query.shape[-1] // head_dim
+        queries = torch.empty(rows * kv_heads, heads // kv_heads, length, head_dim, dtype=query.dtype)
+        pointers = map(_pointer, (query, key, value, queries, keys, values))
+        self.library.decoder_rotate_and_store(self.handle, ctypes.byref(prompt), *pointers)
+        mixed = torch.empty(rows, length, heads, head_dim, dtype=query.dtype)
+        for start in range(0, length, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, length)
+            seen = before + end
+            block = queries[:, :, start:end].flatten(1, 2)
+            scores = torch.bmm(block, keys.flatten(0, 1)[:, :seen].transpose(1, 2))
+            self.library.decoder_softmax(
+                self.handle, ctypes.byref(prompt), _pointer(scores), start, end - start, scores.shape[-1]
+            )
+            weighted = torch.bmm(scores, values.flatten(0, 1)[:, :seen])
+            mixed[:, start:end] = weighted.view(rows, heads, end - start, head_dim).transpose(1, 2)
+        return mixed.flatten(2)
+
+    def _add_and_normalise(self, x: Tensor, added: Tensor | None, norm: int, normed: Tensor) -> None:
+        tensors = (x, added, normed)
+        x_at, added_at, normed_at = (None if tensor is None else _pointer(tensor) for tensor in tensors)
+        rows = x.shape[0] * x.shape[1]
+        self.library.decoder_add_and_normalise(self.handle, rows, x_at, added_at, norm, normed_at)
+
+    def _rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, the first half of it negated, fp32 (*positions.shape, head_dim)."""
+        angles = positions[..., None] * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Logits (rows, vocab) fp32 after one more token (rows,) int64 each, which the cache then holds."""
         cache.reserve(1)
         positions = torch.full((len(tokens),), cache.length)
         if cache.padding is not None:
             positions -= cache.padding
-        angles = positions[:, None] * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (rows, head_dim)
+        cos, sin = self._rotary_tables(positions)
         x = self.model.model.embed_tokens(tokens).float()
         logits = torch.empty(len(tokens), self._weights[-1].out_features)
         adapters = torch.full((len(tokens),), self.adapter)
@@ -112,11 +184,11 @@ class CPUDecoder:
             self.handle,
             len(tokens),
             cache.keys[0].shape[2],
-            *(c_void_p(tensor.data_ptr()) for tensor in (positions, adapters, cos, sin)),
+            *map(_pointer, (positions, adapters, cos, sin)),
             _pointers(cache.keys),
             _pointers(cache.values),
-            c_void_p(x.data_ptr()),
-            c_void_p(logits.data_ptr()),
+            _pointer(x),
+            _pointer(logits),
         )
         cache.length += 1
         return logits
@@ -175,6 +247,10 @@ def _low_rank(factors: tuple[Tensor, Tensor] | None) -> _LowRank:
     return _LowRank(len(A), A.data_ptr(), B.data_ptr())
 
 
+def _pointer(tensor: Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
+
+
 def _pointers(tensors: list[Tensor]) -> ctypes.Array:
     return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
@@ -204,6 +280,10 @@ def _library() -> ctypes.CDLL | None:
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_void_p),
         c_void_p, c_void_p,
     ]  # fmt: skip
+    library.decoder_add_and_normalise.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
+    library.decoder_rotate_and_store.argtypes = [c_void_p, POINTER(_Prompt), *[c_void_p] * 6]
+    library.decoder_softmax.argtypes = [c_void_p, POINTER(_Prompt), c_void_p, c_int64, c_int64, c_int64]
+    library.decoder_gate_times_up.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     library.decoder_delete.argtypes = [c_void_p]
     return library
 

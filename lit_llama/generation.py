@@ -9,7 +9,7 @@ timing are `answering.py`.
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_llama.cpu_decode import cpu_decoder
 from lit_llama.errors import InputError
+from lit_llama.hardware import keep_freed_memory
 from lit_llama.model import KVCache, Llama
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import Message, encode_chat, stop_strings, with_system
@@ -186,6 +187,8 @@ def prepare_to_generate(model: Llama) -> None:
 
     On a CPU `cpu_decode.py` computes the steps, or, where that does not apply, the weights are packed for them.
     """
+    if model.model.norm.weight.device.type == "cpu":
+        keep_freed_memory()  # a prompt asks for megabytes at every product
     model.decoder = cpu_decoder(model)
     if model.decoder is None:
         pack_linear_layers(model)
@@ -265,8 +268,8 @@ def _prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tup
     # The last token needs no place: nothing is computed after it.
     cache = KVCache(model.config, len(padded), width + max_new_tokens - 1, weight.dtype, weight.device, padding)
     for chunk in padded.chunk(-(-padded.numel() // PREFILL_TOKENS), dim=1):  # of like size: none of a token alone
-        hidden = model.model(chunk, cache=cache)
-    return cache, model.lm_head(_accompanied(hidden[:, -1]))[: len(prompts)]
+        hidden = model.model(chunk, cache=cache)[:, -1] if model.decoder is None else model.decoder.read(chunk, cache)
+    return cache, model.lm_head(_accompanied(hidden))[: len(prompts)]
 
 
 class Sampler:
@@ -406,6 +409,7 @@ def answer_questions(
     max_new_tokens: int = 32,
     batch_size: int = 16,
     system: str | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[str]:
     """Greedy answers, in the order of the questions, cut at the style's stop and stripped of surrounding white space.
 
@@ -416,6 +420,7 @@ def answer_questions(
         style: prompt style, one of `prompts.STYLES`.
         batch_size: questions answered at a time; those of like length go together.
         system: system message of those whose conversation has none.
+        adapters: of `model.adapter_bank`, the one that answers each question; None: whichever is selected for all.
 
     Raises:
         InputError: unknown style, or a question that with max_new_tokens exceeds the context.
@@ -428,8 +433,10 @@ def answer_questions(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = [prompts[number] for number in numbers]
-            for row, text in stream_text(model, tokenizer, batch, max_new_tokens, stop=stop):
-                answers[numbers[row]] += text
+            own = adapters and model.adapter_bank.using([adapters[number] for number in numbers])
+            with own or nullcontext():
+                for row, text in stream_text(model, tokenizer, batch, max_new_tokens, stop=stop):
+                    answers[numbers[row]] += text
     return [answer.strip() for answer in answers]
 
 

@@ -16,7 +16,7 @@ knows of them.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ from lit_llama.functional import (
     rotate,
     swiglu,
 )
+
+if TYPE_CHECKING:
+    from lit_llama.cpu_decode import CPUDecoder
 
 
 class RMSNorm(nn.Module):
@@ -225,9 +228,8 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.fingerprint: str | None = None
         """Which base checkpoint the weights came from (`checkpoint.fingerprint`); adapters remember it."""
-        self.decoder: Callable[[Tensor, KVCache], Tensor] | None = None
-        """Computes the steps of generation in place of the layers, where something faster is at hand
-        (`cpu_decode.py`)."""
+        self.decoder: CPUDecoder | None = None
+        """Computes what generation needs in place of the layers, where that is faster (`cpu_decode.py`)."""
         self.labels: list[str] | None = None
         """Of a classifier, whose head has a row for each of them (`classification.py`)."""
 

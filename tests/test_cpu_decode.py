@@ -54,13 +54,14 @@ def token_ids(rows: int, length: int) -> Tensor:
 
 @torch.inference_mode()
 def decoded(model: Llama, ids: Tensor, read: int, padding: Tensor | None = None, threads: int = 1) -> Tensor:
-    """Logits (rows, length - read, vocab) of `ids`, of which the model reads some and the decoder the others."""
+    """Logits (rows, length - read, vocab) of `ids`, of which some are read as a prompt, in two pieces."""
     torch.set_num_threads(threads)
     decoder = cpu_decoder(model)
     torch.set_num_threads(1)
     assert decoder is not None
     cache = KVCache(model.config, len(ids), ids.shape[1], model.model.norm.weight.dtype, padding=padding)
-    model.model(ids[:, :read], cache=cache)
+    for piece in ids[:, :read].split(-(-read // 2), dim=1):
+        decoder.read(piece, cache)
     return torch.stack([decoder(tokens.contiguous(), cache) for tokens in ids[:, read:].T], dim=1)
 
 
