@@ -127,7 +127,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> None:
     Raises:
         InputError: the model has an adapter already, no layer of that name, or a weight to be both trained and adapted.
     """
-    others = (getattr(model, name, None) for name in ("prompt_tuning_config", "lora_tree"))
+    others = (getattr(model, name, None) for name in ("prompt_tuning_config", "lora_tree", "adapter_bank"))
     if any(True for _ in lora_layers(model)) or any(other is not None for other in others):
         raise InputError("the model carries an adapter already: merge it first")
     if config.modules_to_save and model.config.tie_word_embeddings and "lm_head" in config.targets:
