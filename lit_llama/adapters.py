@@ -34,7 +34,7 @@ from lit_llama.files import atomic_directory, read_json
 from lit_llama.lora import LINEAR_NAMES, LoRAConfig, read_adapter_config
 from lit_llama.lora_tree_linear import Kernel, add_leaf_update_
 from lit_llama.lora_tree_routing import Leaves
-from lit_llama.model import Llama
+from lit_llama.model import KVCache, Llama
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """By the name of a linear layer: lora_A (r, in), lora_B (out, r) and the scaling of their product."""
@@ -142,7 +142,7 @@ class AdapterBank:
         self._stack: _Stack | None = None
         self._counter = count()  # of adapters and of their uses
         self._told = False
-        model.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
+        model.model.register_forward_pre_hook(self.begin_pass, with_kwargs=True)
         model.adapter_bank = self
 
     # --- what is in the bank
@@ -207,6 +207,11 @@ class AdapterBank:
             self._stack = None
         del self._numbers[name], self._adapters[number]
 
+    def rows_of(self, cache: KVCache) -> list[int]:
+        """Place in `names` of each row's adapter in a generation under way, -1 for the base."""
+        places = {number: place for place, number in enumerate(self._numbers.values())}
+        return [places.get(number, -1) for number in cache.row_state[_ROW_STATE].tolist()]
+
     def low_rank(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         """By the name of each adapted linear layer: lora_A (r, in) and scaling * lora_B (out, r).
 
@@ -253,8 +258,8 @@ class AdapterBank:
             raise InputError(f"no adapter is called {name!r}; the bank holds {', '.join(self._numbers) or 'none'}")
         return self._numbers[name]
 
-    def _begin_pass(self, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
-        """Hook in front of `LlamaModel.forward`: what its linear layers will ask for."""
+    def begin_pass(self, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        """Hook in front of `LlamaModel.forward`, of its arguments: what its linear layers will ask for."""
         given = dict(zip(("input_ids", "position_ids", "document_ids", "cache"), arguments, strict=False)) | keywords
         (batch, length), cache, device = given["input_ids"].shape, given.get("cache"), given["input_ids"].device
         if cache is not None and _ROW_STATE in cache.row_state:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_llama.adapters import AdapterBank, BankedLinear
 from lit_llama.command_line import progress
 from lit_llama.errors import RunError
 from lit_llama.files import atomic_path
@@ -75,12 +76,13 @@ class CPUDecoder:
         config = model.config
         self.library, self.model = library, model
         self.frequencies = rotary_inverse_frequencies(config)
-        weights = [getattr(layer, "linear", layer) for layer in layers]
+        self.bank: AdapterBank | None = getattr(model, "adapter_bank", None)
+        weights = list(map(_base_layer, layers))
         norms = [
             norm for layer in model.model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
         self._norms = [norm.weight.detach().float() for norm in (*norms, model.model.norm)]
-        self._adapters = [_low_rank_factors(layer) for layer in layers[:-1]]
+        self._adapters = _adapters(model, layers[:-1], self.bank)
         shape = _Shape(
             config.num_hidden_layers,
             config.hidden_size,
@@ -98,11 +100,8 @@ class CPUDecoder:
         self.handle = c_void_p(
             library.decoder_new(ctypes.byref(shape), matrices, _pointers(self._norms), torch.get_num_threads())
         )
-        self.adapter = -1
-        if any(factors is not None for factors in self._adapters):
-            low_ranks = (_LowRank * len(self._adapters))(*map(_low_rank, self._adapters))
-            library.decoder_set_adapters(self.handle, low_ranks, 1)
-            self.adapter = 0
+        low_ranks = [_low_rank(factors) for adapter in self._adapters for factors in adapter]
+        library.decoder_set_adapters(self.handle, (_LowRank * len(low_ranks))(*low_ranks), len(self._adapters))
 
     def __del__(self) -> None:
         self.library.decoder_delete(self.handle)
@@ -110,6 +109,8 @@ class CPUDecoder:
     def read(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Read (rows, length) int64 ids into the cache; returns the last's normalised hidden states (rows, hidden)."""
         rows, length = input_ids.shape
+        if self.bank is not None:
+            self.bank.begin_pass(self.model.model, (input_ids,), {"cache": cache})
         cache.reserve(length)
         total = cache.length + length
         positions = torch.arange(cache.length, total).expand(rows, -1)
@@ -179,7 +180,9 @@ class CPUDecoder:
         cos, sin = self._rotary_tables(positions)
         x = self.model.model.embed_tokens(tokens).float()
         logits = torch.empty(len(tokens), self._weights[-1].out_features)
-        adapters = torch.full((len(tokens),), self.adapter)
+        adapters = torch.full((len(tokens),), len(self._adapters) - 1)  # the only one, or none
+        if self.bank is not None:
+            adapters = torch.tensor(self.bank.rows_of(cache)[: len(tokens)])
         self.library.decoder_step(
             self.handle,
             len(tokens),
@@ -197,8 +200,8 @@ class CPUDecoder:
 def cpu_decoder(model: Llama) -> CPUDecoder | None:
     """The decoder of a model, or None where it does not apply.
 
-    It applies to fp32 and bf16 weights on a CPU, as they are or in int8, with or without a LoRA adapter; not to
-    NF4, DoRA, an adapted head, prompt tuning, trees of adapters, routed MLPs.
+    It applies to fp32 and bf16 weights on a CPU, as they are or in int8, with or without a LoRA adapter or a bank of
+    them that has no memory limit; not to NF4, DoRA, an adapted head, prompt tuning, trees of adapters, routed MLPs.
     """
     weight = model.model.norm.weight
     layers = [
@@ -212,6 +215,8 @@ def cpu_decoder(model: Llama) -> CPUDecoder | None:
     plain = all(type(layer.mlp) is MLP and layer.self_attn.attend is attention for layer in model.model.layers)
     if weight.device.type != "cpu" or weight.dtype not in _KINDS or not plain:
         return None
+    if getattr(getattr(model, "adapter_bank", None), "memory_limit", None) is not None:
+        return None
     if not all(map(_supported, layers)) or not _supported(model.lm_head) or isinstance(model.lm_head, LoRALinear):
         return None
     library = _library()
@@ -219,8 +224,10 @@ def cpu_decoder(model: Llama) -> CPUDecoder | None:
 
 
 def _supported(layer: nn.Module | None) -> bool:
-    if isinstance(layer, LoRALinear):
-        return layer.lora_magnitude_vector is None and _supported(layer.linear)
+    if isinstance(layer, LoRALinear) and layer.lora_magnitude_vector is not None:
+        return False
+    if isinstance(layer, LoRALinear | BankedLinear):
+        return _supported(_base_layer(layer))
     if isinstance(layer, QuantizedLinear):
         return layer.mode in _KINDS
     return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
@@ -231,6 +238,24 @@ def _matrix(layer: nn.Module) -> _Matrix:
         size = (layer.out_features, layer.in_features)
         return _Matrix(_KINDS[layer.mode], *size, layer.codes.data_ptr(), layer.scale.data_ptr())
     return _Matrix(_KINDS[layer.weight.dtype], *layer.weight.shape, layer.weight.data_ptr(), None)
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    """The layer that a LoRA layer or one of a bank wraps."""
+    return layer.linear if isinstance(layer, LoRALinear) else getattr(layer, "base_layer", layer)
+
+
+def _adapters(
+    model: Llama, layers: list[nn.Module], bank: AdapterBank | None
+) -> list[list[tuple[Tensor, Tensor] | None]]:
+    """Of each adapter, for every layer: A (r, in) and B (out, r) with the scaling in it, fp32; None: not adapted."""
+    if bank is not None:
+        names = {module: name for name, module in model.named_modules()}
+        factors = map(bank.low_rank, bank.names)
+        return [[adapter.get(names[layer]) for layer in layers] for adapter in factors]
+    if not any(isinstance(layer, LoRALinear) for layer in layers):
+        return []
+    return [[_low_rank_factors(layer) for layer in layers]]
 
 
 def _low_rank_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:

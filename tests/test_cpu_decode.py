@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 from lit_llama import cpu_decode
+from lit_llama.adapters import load_directory
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.config import LlamaConfig
 from lit_llama.cpu_decode import cpu_decoder
@@ -145,6 +146,25 @@ def test_adapters_act_as_in_peft(tiny_checkpoint: Path, tmp_path: Path, options:
     torch.testing.assert_close(decoded(model, ids, 20), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_each_row_takes_its_adapter_of_a_bank(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for seed, options in enumerate(({}, {"targets": ["q_proj", "down_proj"]}, {"layers_to_transform": [1]})):
+        model = load_model(tiny_checkpoint, torch.float32)
+        random_adapter(model, seed, **options)
+        save_adapter(model, tmp_path / f"adapter {seed}", base_model=str(tiny_checkpoint))
+    model = load_model(tiny_checkpoint, torch.float32).eval()
+    bank, _ = load_directory(model, tmp_path)
+    prompts = [token_ids(1, length)[0].tolist() for length in (9, 30, 7, 12)]
+    for chosen in (["adapter 2", None, "adapter 0", "adapter 1"], "adapter 1", None):
+        bank.select(chosen)
+        model.decoder = None
+        expected = generate(model, prompts, 20)
+        prepare_to_generate(model)
+        assert model.decoder is not None
+        assert generate(model, prompts, 20) == expected
+    bank.memory_limit = 10**9
+    assert cpu_decoder(model) is None
+
+
 def test_greedy_text_is_the_same(tiny_checkpoint: Path) -> None:
     prompts = [token_ids(1, length)[0].tolist() for length in (1, 30, 7)]
     for changes in ({}, {"sliding_window": 9, "model_type": "mistral"}):
@@ -154,6 +174,13 @@ def test_greedy_text_is_the_same(tiny_checkpoint: Path) -> None:
         assert model.decoder is not None
         assert generate(model, prompts, 40) == expected
         assert [generate(model, [prompt], 40)[0] for prompt in prompts] == expected
+
+
+def test_in_bf16_a_prompt_beside_longer_ones_is_answered_as_alone() -> None:
+    model = random_model(max_position_embeddings=512).bfloat16()
+    prepare_to_generate(model)
+    prompts = [token_ids(1, length)[0].tolist() for length in (1, 200, 37, 130)]
+    assert generate(model, prompts, 20) == [generate(model, [prompt], 20)[0] for prompt in prompts]
 
 
 def test_models_that_it_does_not_know_go_without(tiny_checkpoint: Path) -> None:
