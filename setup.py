@@ -24,6 +24,7 @@ EXTRAS = {
         "ruff>=0.14",
         "scipy>=1.14",
         "transformers>=5.0",
+        "xllamacpp>=2026.10",  # llama.cpp as a prebuilt wheel: what GGUF files are checked against
     ],
 }
 

@@ -4,7 +4,8 @@ A file is magic and version, then key-value metadata, then a table of tensors, t
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
 `read_gguf` gives the parts as they are; `model_config`, `tensor_sources` and `write_tokenizer` translate a file of
-architecture "llama" into what a Hugging Face directory holds. Writing the directory is `scripts/convert_checkpoint.py`.
+architecture "llama" into what a Hugging Face directory holds. Writing the directory is `scripts/convert_checkpoint.py`;
+writing GGUF, `gguf_writing.py`.
 """
 
 import math
@@ -367,7 +368,7 @@ def _rope_scaling(gguf: GGUF, config: LlamaConfig, stated: dict[str, Any]) -> di
     return None if factor == 1 else {"rope_type": "linear", "factor": _shortest(factor)}
 
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -378,7 +379,7 @@ _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -396,10 +397,10 @@ def tensor_sources(gguf: GGUF, config: LlamaConfig, dtype: torch.dtype) -> dict[
         if name == "rope_freqs.weight":
             continue
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-        if layer and layer[2] in _LAYER_NAMES:
-            new_name = f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.weight"
-        elif name in _OTHER_NAMES:
-            new_name = _OTHER_NAMES[name]
+        if layer and layer[2] in LAYER_NAMES:
+            new_name = f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight"
+        elif name in OTHER_NAMES:
+            new_name = OTHER_NAMES[name]
         else:
             raise InputError(f"{gguf.path}: the tensor {name} has no place in a Llama")
         head_dim = config.head_dim if layer and layer[2] in ("attn_q", "attn_k") else None
@@ -427,7 +428,7 @@ def half_split_rows(weight: Tensor, head_dim: int) -> Tensor:
 
 # --- Tokenizer -------------------------------------------------------------------------------------------------------
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens, the same numbers in GGUF and SentencePiece."""
 
 _GPT2_WORDS = ("gpt-2", "default")
@@ -448,7 +449,7 @@ def write_tokenizer(gguf: GGUF, directory: Path) -> None:
             f"{gguf.path}: tokenizer.ggml.model = {model!r} is not supported (supported: gpt2, llama);"
             " pass --tokenizer_from with a directory that holds the tokenizer"
         )
-    kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    kinds = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     pre_tokenizer = metadata.get("tokenizer.ggml.pre")
     # llama.cpp's own defaults for files that do not say.
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or pre_tokenizer in _LLAMA3_NAMES)
@@ -487,19 +488,26 @@ def _token_ids(metadata: dict[str, Any]) -> dict[str, int]:
     return {name: token_id for name, token_id in ids.items() if token_id is not None and token_id < size}
 
 
+def word_splitter(name: str | None) -> Any:
+    """How a byte-level BPE splits texts into words, by llama.cpp's name for it, as a step of the `tokenizers` library;
+    None for a name that is not known here."""
+    from tokenizers import Regex, pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in _LLAMA3_NAMES)
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    if name in _LLAMA3_NAMES:
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"), byte_level])
+    return pre_tokenizers.Sequence([byte_level]) if name in _GPT2_WORDS else None
+
+
 def _write_tokenizer_json(gguf: GGUF, directory: Path, tokens: list[str], kinds: list[int], bos: str | None) -> None:
     """A byte-level BPE as the `tokenizers` library stores it."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     name = gguf.metadata.get("tokenizer.ggml.pre")
-    if name == "smollm":
-        words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif name in _LLAMA3_NAMES:
-        split = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
-        words = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    elif name in _GPT2_WORDS:
-        words = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    else:
+    words = word_splitter(name)
+    if words is None:
         raise InputError(
             f"{gguf.path}: tokenizer.ggml.pre = {name!r} is not supported (supported: smollm,"
             f" {', '.join(_LLAMA3_NAMES + _GPT2_WORDS)});"
@@ -513,7 +521,7 @@ def _write_tokenizer_json(gguf: GGUF, directory: Path, tokens: list[str], kinds:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in _LLAMA3_NAMES))
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{gguf.path}: damaged tokenizer ({error})") from None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -521,9 +529,9 @@ def _write_tokenizer_json(gguf: GGUF, directory: Path, tokens: list[str], kinds:
         )
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            AddedToken(token, special=kind == CONTROL, normalized=False)
             for token, kind in zip(tokens, kinds, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (CONTROL, USER_DEFINED)
         ]
     )
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -535,9 +543,9 @@ def _sentencepiece_model(tokens: list[str], scores: list[float], kinds: list[int
         _field(1, _field(1, token.encode()) + _field(2, float(score)) + _field(3, kind))
         for token, score, kind in zip(tokens, scores, kinds, strict=True)
     )
-    byte_fallback = _BYTE in kinds
+    byte_fallback = BYTE in kinds
     trainer = _field(3, 2) + _field(4, len(tokens)) + _field(35, int(byte_fallback))  # model type BPE, size
-    for field, default, kind in ((40, 0, _UNKNOWN), (41, 1, _CONTROL), (42, 2, _CONTROL)):  # ids of unk, bos, eos
+    for field, default, kind in ((40, 0, UNKNOWN), (41, 1, CONTROL), (42, 2, CONTROL)):  # ids of unk, bos, eos
         present = default < len(kinds) and kinds[default] == kind
         trainer += _field(field, default if present else -1)
         if present:
