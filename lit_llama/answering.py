@@ -1,43 +1,40 @@
 """What generate/base.py and generate/lora.py share: where prompts come from, how answers are printed, what is measured.
 
-Only answers go to stdout. How tokens come about is `generation.py`; how a prompt is dressed is `prompts.py`.
+Only answers go to stdout. How tokens come about is `generation.py`; how a prompt is dressed is `prompts.py`; which of
+several adapters answers is `adapter_routing.py`.
 """
 
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from lit_llama.adapter_routing import FixedRoute, Method, Router, open_route
 from lit_llama.checkpoint import existing_directory, load_model
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import read_jsonl
-from lit_llama.generation import SamplingConfig, Speed, checked_length, stream_text
+from lit_llama.generation import SamplingConfig, Speed, checked_length, prepare_to_generate, stream_text
 from lit_llama.hardware import peak_memory_gb, pick_device, pick_dtype
 from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
-from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import STYLES, detect_style, encode_prompt, stop_strings
 from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
-class AnswerArguments(SamplingConfig):
-    """Let a base model answer: one prompt, many out of a file, standard input, or whatever you type at the terminal."""
+class ModelArguments(SamplingConfig):
+    """A base model, how it is held, and how it answers."""
 
     checkpoint_dir: Path
     """Base model, a Hugging Face directory."""
-    prompt: str | None = None
-    """The prompt."""
-    prompts_file: Path | None = None
-    """Many prompts: one a line, or JSONL with "prompt" or "question"."""
-    interactive: bool = False
-    """Ask for prompts until Ctrl-D; each stands for itself."""
     style: str | None = None
     """Prompt style: plain (go on with the text), alpaca, llama2, llama3, mistral, mistral-v3, tinyllama, chatml, or
     template (the checkpoint's own chat template). By default the one that the adapter was trained with, else what the
@@ -46,12 +43,6 @@ class AnswerArguments(SamplingConfig):
     """System message; by default the one that the adapter was trained with. "" for none."""
     max_new_tokens: int | None = None
     """Longest answer; by default whatever the context leaves."""
-    stop: str | list[str] = field(default_factory=list)
-    """A string, or a list of them, that ends an answer and is not part of it."""
-    batch_size: int = 8
-    """Prompts answered at a time."""
-    json: bool = False
-    """Print JSONL, {"prompt", "answer"} a line, instead of plain answers."""
     quantize: Quantization | None = None
     """Store the base weights in 4 or 8 bits."""
     embeddings: Embeddings | None = None
@@ -62,8 +53,93 @@ class AnswerArguments(SamplingConfig):
     """cpu, cuda, mps, or auto for the best there is."""
 
 
-def answer_prompts(arguments: AnswerArguments, adapter_dir: Path | None = None) -> None:
+@dataclass(kw_only=True)
+class AnswerArguments(ModelArguments):
+    """Let a base model answer: one prompt, many out of a file, standard input, or whatever you type at the terminal."""
+
+    prompt: str | None = None
+    """The prompt."""
+    prompts_file: Path | None = None
+    """Many prompts: one a line, or JSONL with "prompt" or "question"."""
+    interactive: bool = False
+    """Ask for prompts until Ctrl-D; each stands for itself."""
+    stop: str | list[str] = field(default_factory=list)
+    """A string, or a list of them, that ends an answer and is not part of it."""
+    batch_size: int = 8
+    """Prompts answered at a time."""
+    json: bool = False
+    """Print JSONL, {"prompt", "answer"} a line, instead of plain answers."""
+
+
+def load_for_generation(
+    arguments: ModelArguments, put_on: Callable[[Llama, Tokenizer], None]
+) -> tuple[Llama, Tokenizer]:
+    """The base as the arguments say, ready to generate with what `put_on` puts on it, and its tokenizer."""
+    tokenizer = Tokenizer.from_checkpoint(existing_directory(arguments.checkpoint_dir))
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
+    model = load_model(arguments.checkpoint_dir, dtype, device, arguments.quantize, arguments.embeddings).eval()
+    put_on(model, tokenizer)
+    prepare_to_generate(model.eval())
+    return model, tokenizer
+
+
+class Asked(NamedTuple):
+    """A prompt as it is put to the model."""
+
+    prompt: str
+    ids: list[int]
+    stop: list[str]
+    """Strings that end the answer."""
+    expert: str | None
+    """Adapter that a router chose."""
+
+
+@dataclass
+class Asker:
+    """Puts prompts to the model in the style of the adapter that answers them, and lets this one answer."""
+
+    tokenizer: Tokenizer
+    arguments: AnswerArguments
+    adapter_dir: Path | None
+    """Of the one adapter that there is, or the folder of those that the router chooses from."""
+    router: Router | FixedRoute | None = None
+
+    def ask(self, prompts: list[str]) -> list[Asked]:
+        experts = [None] * len(prompts) if self.router is None else self.router.choose(prompts)
+        forms = {expert: self._form(expert) for expert in dict.fromkeys(experts)}
+        asked = []
+        for prompt, expert in zip(prompts, experts, strict=True):
+            style, system, stop = forms[expert]
+            asked.append(Asked(prompt, encode_prompt(self.tokenizer, style, prompt, system), stop, expert))
+        return asked
+
+    def _form(self, expert: str | None) -> tuple[str, str | None, list[str]]:
+        """Style, system message and stop strings of prompts that an adapter answers."""
+        style, system = style_and_system(
+            self.arguments, self.adapter_dir if expert is None else self.adapter_dir / expert
+        )
+        stop = self.arguments.stop
+        return style, system, stop_strings(style) + ([stop] if isinstance(stop, str) else stop)
+
+    def answering(self, asked: list[Asked]) -> AbstractContextManager:
+        """Generate inside of this, the prompts being the rows of a batch."""
+        return nullcontext() if self.router is None else self.router.answering([one.expert for one in asked])
+
+
+def answer_prompts(
+    arguments: AnswerArguments,
+    adapter_dir: Path | None = None,
+    adapters_dir: Path | None = None,
+    route: str = "auto",
+    route_by: Method = "embedding",
+) -> None:
     """Load the model and answer what was asked, as the arguments say.
+
+    Args:
+        adapter_dir: of the adapter to put on the base.
+        adapters_dir: or a folder of several, of which `adapter_routing.open_route` takes one for each prompt.
+        route, route_by: see there.
 
     Raises:
         InputError: no prompt or several kinds of it, an unusable file, checkpoint or adapter, a prompt too long.
@@ -73,33 +149,31 @@ def answer_prompts(arguments: AnswerArguments, adapter_dir: Path | None = None) 
     prompts = None if arguments.interactive else read_prompts(arguments.prompt, arguments.prompts_file)
     if arguments.interactive and (arguments.prompt is not None or arguments.prompts_file is not None):
         raise InputError("--interactive asks for prompts itself; leave out --prompt and --prompts_file")
-    tokenizer = Tokenizer.from_checkpoint(existing_directory(arguments.checkpoint_dir))
-    style = arguments.style or adapter_style(adapter_dir) or detect_style(arguments.checkpoint_dir)
-    if style not in STYLES:
-        raise InputError(f"--style {style!r} is not one of {', '.join(STYLES)}")
-    if arguments.system is None:
-        arguments = replace(arguments, system=adapter_system(adapter_dir))
+    style_and_system(arguments, adapter_dir)  # what is wrong with them shall be said before the model is loaded
+    router, weight_bytes = None, 0
 
-    device = pick_device(arguments.device)
-    dtype = pick_dtype(arguments.dtype, device)
-    model = load_model(arguments.checkpoint_dir, dtype, device, arguments.quantize, arguments.embeddings)
-    if adapter_dir is not None:
-        load_adapter(model, adapter_dir)
-    model.eval()
-    weight_bytes = bytes_per_step(model)
-    pack_linear_layers(model)
+    def put_on(model: Llama, tokenizer: Tokenizer) -> None:
+        nonlocal router, weight_bytes
+        if adapter_dir is not None:
+            load_adapter(model, adapter_dir)
+        if adapters_dir is not None:
+            router = open_route(model, tokenizer, adapters_dir, route, route_by)
+        weight_bytes = bytes_per_step(model)
+
+    model, tokenizer = load_for_generation(arguments, put_on)
+    asker = Asker(tokenizer, arguments, adapter_dir or adapters_dir, router)
 
     speed = Speed()
     try:
         if prompts is None:
-            _converse(model, tokenizer, style, arguments, speed)
+            _converse(model, asker, speed)
         elif len(prompts) == 1 and arguments.num_samples == 1 and not arguments.json:
-            _answer_one(model, tokenizer, style, arguments, prompts[0], speed)
+            _answer_one(model, asker, prompts[0], speed)
         else:
-            _answer_all(model, tokenizer, style, arguments, prompts, speed)
+            _answer_all(model, asker, prompts, speed)
     finally:
         if speed.prompt_tokens:
-            progress(summary(speed, weight_bytes, device))
+            progress(summary(speed, weight_bytes, model.model.norm.weight.device))
 
 
 def read_prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:
@@ -138,6 +212,18 @@ def _prompts_of(path: Path) -> list[str]:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def style_and_system(arguments: AnswerArguments, adapter_dir: Path | None) -> tuple[str, str | None]:
+    """Prompt style and system message: what the arguments say, else those of the adapter's run, else the base's.
+
+    Raises:
+        InputError: no such style.
+    """
+    style = arguments.style or adapter_style(adapter_dir) or detect_style(arguments.checkpoint_dir)
+    if style not in STYLES:
+        raise InputError(f"--style {style!r} is not one of {', '.join(STYLES)}")
+    return style, adapter_system(adapter_dir) if arguments.system is None else arguments.system
 
 
 def adapter_style(adapter_dir: Path | None) -> str | None:
@@ -181,40 +267,38 @@ def summary(speed: Speed, weight_bytes: int, device: torch.device) -> str:
     return f"{text}, peak memory {peak_memory_gb(device):.2f} GB"
 
 
-def _answer_one(
-    model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompt: str, speed: Speed
-) -> None:
+def _answer_one(model: Llama, asker: Asker, prompt: str, speed: Speed) -> None:
     """Print one answer while it comes."""
-    ids = encode_prompt(tokenizer, style, prompt, arguments.system)
-    stop = _stop_strings(style, arguments)
-    for _, text in stream_text(model, tokenizer, [ids], arguments.max_new_tokens, arguments, stop, speed):
-        print(text, end="", flush=True)
+    arguments, (asked,) = asker.arguments, asker.ask([prompt])
+    with asker.answering([asked]):
+        for _, text in stream_text(
+            model, asker.tokenizer, [asked.ids], arguments.max_new_tokens, arguments, asked.stop, speed
+        ):
+            print(text, end="", flush=True)
     print(flush=True)
 
 
-def _answer_all(
-    model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, prompts: list[str], speed: Speed
-) -> None:
+def _answer_all(model: Llama, asker: Asker, prompts: list[str], speed: Speed) -> None:
     """Print every answer, in the order of the prompts, a batch at a time; samples of a prompt follow each other."""
-    ids = [encode_prompt(tokenizer, style, prompt, arguments.system) for prompt in prompts]
-    checked_length(model, ids, arguments.max_new_tokens)  # all of them, before the first answer is printed
-    stop = _stop_strings(style, arguments)
-    samples = arguments.num_samples
-    for start in range(0, len(prompts), arguments.batch_size):
-        batch = ids[start : start + arguments.batch_size]
-        answers = [""] * (len(batch) * samples)
-        for row, text in stream_text(model, tokenizer, batch, arguments.max_new_tokens, arguments, stop, speed):
-            answers[row] += text
-        for row, text in enumerate(answers):
-            line = json.dumps({"prompt": prompts[start + row // samples], "answer": text}, ensure_ascii=False)
-            print(line if arguments.json else text, flush=True)
+    arguments, samples, asked = asker.arguments, asker.arguments.num_samples, asker.ask(prompts)
+    # All of them, before the first answer is printed.
+    checked_length(model, [one.ids for one in asked], arguments.max_new_tokens)
+    for stop, alike in groupby(asked, key=lambda one: one.stop):  # a batch ends at the same strings
+        rows = list(alike)
+        for start in range(0, len(rows), arguments.batch_size):
+            batch = rows[start : start + arguments.batch_size]
+            ids, answers = [one.ids for one in batch], [""] * (len(batch) * samples)
+            with asker.answering(batch):
+                for row, text in stream_text(
+                    model, asker.tokenizer, ids, arguments.max_new_tokens, arguments, stop, speed
+                ):
+                    answers[row] += text
+            for row, text in enumerate(answers):
+                line = json.dumps({"prompt": batch[row // samples].prompt, "answer": text}, ensure_ascii=False)
+                print(line if arguments.json else text, flush=True)
 
 
-def _stop_strings(style: str, arguments: AnswerArguments) -> list[str]:
-    return stop_strings(style) + ([arguments.stop] if isinstance(arguments.stop, str) else arguments.stop)
-
-
-def _converse(model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerArguments, speed: Speed) -> None:
+def _converse(model: Llama, asker: Asker, speed: Speed) -> None:
     """Ask for a prompt and answer it, again and again; Ctrl-C leaves an answer, Ctrl-D or Ctrl-C at the prompt ends."""
     with suppress(ImportError):
         import readline  # noqa: F401  importing it gives the prompt arrow keys and a history
@@ -229,13 +313,13 @@ def _converse(model: Llama, tokenizer: Tokenizer, style: str, arguments: AnswerA
         if not prompt.strip():
             continue
         # Asking again draws again, and the same session gives the same answers.
-        seeded = replace(arguments, seed=arguments.seed + turn)
+        seeded = replace(asker, arguments=replace(asker.arguments, seed=asker.arguments.seed + turn))
         turn += 1
         try:
-            if arguments.num_samples == 1 and not arguments.json:
-                _answer_one(model, tokenizer, style, seeded, prompt, speed)
+            if asker.arguments.num_samples == 1 and not asker.arguments.json:
+                _answer_one(model, seeded, prompt, speed)
             else:
-                _answer_all(model, tokenizer, style, seeded, [prompt], speed)
+                _answer_all(model, seeded, [prompt], speed)
         except KeyboardInterrupt:
             print(flush=True)
         except InputError as error:
