@@ -1,0 +1,15 @@
+"""Talk with a model and its experts in the terminal.
+
+python generate/chat.py --checkpoint_dir checkpoints/smollm2-135m-instruct --adapter_dir out/my_domain
+"""
+
+from lit_llama.chat import Chat, ChatArguments, converse
+from lit_llama.command_line import run
+
+
+def main(arguments: ChatArguments) -> None:
+    converse(Chat(arguments))
+
+
+if __name__ == "__main__":
+    run(main)
