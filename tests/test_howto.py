@@ -50,6 +50,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -
     run_script("scripts/prepare_corpus.py", *as_options(corpus), cwd=directory)
     training = {"checkpoint_dir": base, "data_dir": store, "out_dir": adapter, "train.max_steps": 2}
     run_script("pretrain/lora.py", *as_options(training), cwd=directory)
+    for name in ("first", "second"):
+        shutil.copytree(directory / adapter, directory / "out/experts" / name)
     return directory
 
 
