@@ -2,7 +2,7 @@
 # All that needs a CUDA card, in one call: the checks, then the figures, as JSON beside this file. From the project's root.
 set -e -o pipefail
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-python -m pytest -q tests/test_devices.py tests/test_activations.py tests/test_optimizer.py
+python -m pytest -q tests/test_devices.py tests/test_activations.py tests/test_optimizer.py tests/test_adapters.py
 
 measure() { python scripts/benchmark_training.py --device cuda --rounds 2 --steps 5 "$@" > /dev/null; }
 
@@ -17,3 +17,5 @@ measure --model llama-3-8b --batch_size 1 --sequence_length 4096 --document_leng
   --out benchmarks/training_cuda_8b_documents.json
 # The longest window under the memory of consumer cards
 python scripts/benchmark_training.py --device cuda --model llama-3.1-8b --caps_gb '[8, 12, 16, 24]' --out benchmarks/longest_cuda_8b.json
+# Switching adapters, and a batch in which each row has another
+python scripts/benchmark_adapters.py --device cuda --model llama-3-8b --out benchmarks/adapters_cuda_8b.json

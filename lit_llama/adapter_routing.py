@@ -297,15 +297,17 @@ def _mixing_layer(
 
 
 @contextmanager
-def _in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def _in_place(model: Llama, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """The model with these layers in the places of those of the same names, for a while."""
     places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in layers]
     before = [getattr(parent, child) for parent, child in places]
+    decoder, model.decoder = model.decoder, None  # it was made of the layers before
     try:
         for (parent, child), layer in zip(places, layers.values(), strict=True):
             setattr(parent, child, layer)
         yield
     finally:
+        model.decoder = decoder
         for (parent, child), layer in zip(places, before, strict=True):
             setattr(parent, child, layer)
 

@@ -33,7 +33,7 @@ from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.config import LlamaConfig
 from lit_llama.data.token_store import TokenStoreWriter
 from lit_llama.errors import InputError
-from lit_llama.generation import generate
+from lit_llama.generation import generate, prepare_to_generate
 from lit_llama.injection.interface import Document
 from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
 from lit_llama.lora_tree import tree_layers
@@ -183,6 +183,7 @@ def test_a_mixture_of_different_ranks_and_targets_is_the_weighted_sum_of_updates
 @pytest.mark.parametrize("method", ["arrow", "gates"])
 def test_a_mixture_generates_what_it_computes_at_once(method: str, checkpoint: Path, library: Path) -> None:
     router = router_of(checkpoint, library, method)
+    prepare_to_generate(router.bank.model)  # what it makes does not know the mixture
     prompts = [IDS[0].tolist(), IDS[1, :5].tolist()]
     with router.answering(NAMES[:2]):
         rows = generate(router.bank.model, prompts, 6)
