@@ -128,6 +128,7 @@ class Chat:
         answer, speed = "", Speed()
         try:
             for _, text in self._stream([(self.expert, messages)], speed):
+                text = text if answer else text.lstrip()
                 print(text, end="", flush=True)
                 answer += text
         except KeyboardInterrupt:
