@@ -33,7 +33,7 @@ $(INSTALLED): requirements.txt constraints.txt setup.py
 	@touch $@
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -n auto --dist loadfile
+	.venv/bin/python -m pytest -n auto --dist worksteal
 
 # The demo is what a user would type: countries of the Factbook, read raw and by the recipe that wins on them, at equal
 # tokens. Ten minutes on two CPU cores; a GPU is used if there is one.

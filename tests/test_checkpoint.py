@@ -217,7 +217,7 @@ def test_loading_peaks_near_the_models_own_bytes(
     if quantize == "nf4-dq":
         pytest.importorskip("bitsandbytes")
     code = PEAK.format(big=str(big_checkpoints / stored), tiny=str(tiny_checkpoint), dtype=wanted, quantize=quantize)
-    for _ in range(3):  # the allocator's and the system's own doings only ever add to a peak
+    for _ in range(6):  # the allocator's and the system's own doings only ever add to a peak
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert process.returncode == 0, process.stderr
         ratio, own = map(float, process.stdout.split())
