@@ -289,15 +289,20 @@ def _library() -> ctypes.CDLL | None:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
     key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())))
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_llama"
-    path = directory / f"cpu_decode-{key.hexdigest()[:16]}.so"
-    if not path.is_file():
-        try:
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_llama"
+        path = directory / f"cpu_decode-{key.hexdigest()[:16]}.so"
+        if not path.is_file():
             _compile(compiler, path)
-        except RunError as error:
-            progress(f"{error}: generating at a fraction of the speed")
-            return None
-    library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
+    except RunError as error:
+        progress(f"{error}: generating at a fraction of the speed")
+        return None
+    except (OSError, RuntimeError) as error:  # no home, a folder that nothing can be written to or run from
+        progress(
+            f"{error}: generating at a fraction of the speed (set XDG_CACHE_HOME to a folder for what is compiled)"
+        )
+        return None
     library.decoder_new.restype = c_void_p
     library.decoder_new.argtypes = [POINTER(_Shape), POINTER(_Matrix), POINTER(c_void_p), c_int64]
     library.decoder_set_adapters.argtypes = [c_void_p, POINTER(_LowRank), c_int64]

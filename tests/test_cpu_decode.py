@@ -223,3 +223,16 @@ def test_without_a_compiler_it_says_so(
     message = capfd.readouterr().err
     assert ("no C++ compiler found" if compiler == "none" else "(broken)") in message and message.count("\n") == 1
     assert not list((tmp_path / "cache").rglob("*.so*"))
+
+
+def test_a_cache_that_cannot_be_written_is_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cpu_decode._library.cache_clear()
+    try:
+        assert cpu_decoder(random_model()) is None
+    finally:
+        cpu_decode._library.cache_clear()
+    assert "set XDG_CACHE_HOME" in capfd.readouterr().err
