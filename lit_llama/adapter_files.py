@@ -31,13 +31,32 @@ def write_adapter(
     """
     adapter_dir = Path(adapter_dir)
     adapter_dir.mkdir(parents=True, exist_ok=True)
+    write_tensors(adapter_dir / "adapter_model.safetensors", state, fingerprint)
+    write_json(adapter_dir / "adapter_config.json", description)
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], fingerprint: str | None) -> None:
+    """Write tensors, on any device, as a safetensors file that remembers the fingerprint of the base."""
     # One key at most: safetensors writes several in random order, and equal adapters shall be equal files.
     metadata = {"base_fingerprint": fingerprint} if fingerprint else None
     # Copies, because safetensors takes no two tensors that share memory, as a tied embedding and head do.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    with atomic_path(adapter_dir / "adapter_model.safetensors") as temporary:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-    write_json(adapter_dir / "adapter_config.json", description)
+
+
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a file that `write_tensors` wrote, and the fingerprint of their base if it has one.
+
+    Raises:
+        InputError: an unreadable file; `remedy` says what to do.
+    """
+    try:
+        state = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return state, (file.metadata() or {}).get("base_fingerprint")
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}){remedy}") from None
 
 
 def read_adapter_state(adapter_dir: Path | str, fingerprint: str | None) -> dict[str, Tensor]:
@@ -52,12 +71,7 @@ def read_adapter_state(adapter_dir: Path | str, fingerprint: str | None) -> dict
     path = Path(adapter_dir) / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    try:
-        state = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            trained_on = (file.metadata() or {}).get("base_fingerprint")
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); was the copy cut short?") from None
+    state, trained_on = read_tensors(path, "; was the copy cut short?")
     if trained_on and fingerprint and trained_on != fingerprint:
         raise InputError(
             f"{adapter_dir} was trained on another base (fingerprint {trained_on[:12]}) than the one loaded"

@@ -16,16 +16,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
+from lit_llama.adapter_files import read_tensors, write_tensors
 from lit_llama.adapters import AdapterBank, load_directory
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.evaluation.questions import spread
 from lit_llama.evaluation.retrieval import cut_passages
-from lit_llama.files import atomic_path
 from lit_llama.injection.interface import Document
 from lit_llama.lora_tree import tree_layers
 from lit_llama.lora_tree_linear import LoRATreeLinear
@@ -214,8 +212,8 @@ def write_embedding(
     """
     passages = spread([one.text for text in documents for one in cut_passages(text, _PASSAGE_WORDS)], max_passages)
     embedded = embed_texts(model, tokenizer, passages)
-    summary = {"mean": embedded.mean(0), "variance": embedded.var(0, correction=0)}
-    _write_tensors(adapter_dir / EMBEDDING_FILE, summary, model.fingerprint)
+    summary = {"mean": embedded.mean(0).float(), "variance": embedded.var(0, correction=0).float()}
+    write_tensors(adapter_dir / EMBEDDING_FILE, summary, model.fingerprint)
     return len(passages)
 
 
@@ -366,8 +364,8 @@ def inject_gates(model: Llama, adapter_dir: Path) -> None:
 
 def write_gates(model: Llama, directory: Path) -> None:
     """Write the gates of `inject_gates` as gates.safetensors: by the name of a linear layer, its vector (in,) fp32."""
-    vectors = {name: layer.lora_router.weight[0] for name, layer in tree_layers(model)}
-    _write_tensors(directory / GATES_FILE, vectors, model.fingerprint)
+    vectors = {name: layer.lora_router.weight[0].float() for name, layer in tree_layers(model)}
+    write_tensors(directory / GATES_FILE, vectors, model.fingerprint)
 
 
 def read_gates(adapter_dir: Path, low_rank: LowRank, fingerprint: str | None) -> dict[str, Tensor]:
@@ -380,22 +378,10 @@ def read_gates(adapter_dir: Path, low_rank: LowRank, fingerprint: str | None) ->
     return vectors
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], fingerprint: str | None) -> None:
-    """Write safetensors as a whole, with the base's fingerprint."""
-    copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(copies, temporary, metadata={"base_fingerprint": fingerprint} if fingerprint else None)
-
-
 def _read_tensors(path: Path, fingerprint: str | None, remedy: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path}: no such file: {remedy}, or route by another method")
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            made_for = (file.metadata() or {}).get("base_fingerprint")
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}): {remedy}") from None
+    tensors, made_for = read_tensors(path, f": {remedy}")
     if made_for and fingerprint and made_for != fingerprint:
         raise InputError(f"{path}: made with another base than the one loaded: {remedy}")
     return tensors

@@ -148,10 +148,7 @@ def export_model(
         )
     with torch.no_grad(), atomic_path(out) as temporary:
         progress(f"writing {config.num_parameters / 1e6:,.1f} million parameters as {dtype}")
-        write_gguf(temporary, metadata, tensors, dtype)
-        progress("reading them back")
-        file = read_gguf(temporary)
-        _check_rounding(file, tensors, dtype)
+        file = _write_and_read_back(temporary, metadata, tensors, dtype)
         _check_tokenizer(file, tokenizer)
         found_config = model_config(file)
         found = tensor_sources(file, found_config, torch.float32)
@@ -199,10 +196,7 @@ def export_adapter(
     base = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad(), atomic_path(out) as temporary:
         progress(f"writing the adapter of {len(layers)} layers as {dtype}")
-        write_gguf(temporary, metadata, tensors, dtype)
-        progress("reading it back")
-        file = read_gguf(temporary)
-        _check_rounding(file, tensors, dtype)
+        file = _write_and_read_back(temporary, metadata, tensors, dtype)
 
         def adapted(name: str) -> Tensor:
             layer = layers.get(name.removesuffix(".weight"))
@@ -215,6 +209,15 @@ def export_adapter(
             return dense_weight(layer.linear, torch.float32) + scaling * (lora_B @ lora_A)
 
         return _check_logits(config, adapted, model, Tokenizer.from_checkpoint(checkpoint_dir), dtype)
+
+
+def _write_and_read_back(path: Path, metadata: dict[str, Any], tensors: dict[str, Weight], dtype: str) -> GGUF:
+    """The file as it lies on the disk, whose weights are those that were to be written."""
+    write_gguf(path, metadata, tensors, dtype)
+    progress("reading it back")
+    file = read_gguf(path)
+    _check_rounding(file, tensors, dtype)
+    return file
 
 
 def _load(checkpoint_dir: Path, adapter_dir: Path | None) -> Llama:
