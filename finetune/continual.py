@@ -15,8 +15,8 @@ from lit_llama.command_line import progress, run
 from lit_llama.continual import alone_in, carry_out
 from lit_llama.continual_experiment import ContinualExperiment, check, planned_runs, prepare
 from lit_llama.continual_report import collect, main_table, write_report
+from lit_llama.experiment_runs import Scripts, directory, execute
 from lit_llama.files import read_json, write_json
-from lit_llama.injection.comparison import Scripts, directory, execute
 from lit_llama.injection.comparison_report import aligned
 
 SCRIPTS = Scripts(train=Path(__file__).resolve(), evaluate=Path(__file__).resolve())

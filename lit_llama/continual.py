@@ -19,7 +19,7 @@ A run is one strategy with one order and one seed. What it writes lies in `out_d
     TASK-generated/   generative: a token store of what the model wrote of the tasks before
     result.json       all of that, once the run is done; log.txt: what it said
 
-Which runs there are is `continual_experiment`'s, carrying out many of them `injection.comparison`'s, what they measured
+Which runs there are is `continual_experiment`'s, carrying out many of them `experiment_runs`'s, what they measured
 `continual_report`'s.
 """
 

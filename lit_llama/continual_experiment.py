@@ -19,7 +19,7 @@ from lit_llama.data.packing import TrainingWindows
 from lit_llama.data.token_store import TokenStore
 from lit_llama.errors import InputError
 from lit_llama.evaluation.questions import read_questions
-from lit_llama.injection.comparison import Run
+from lit_llama.experiment_runs import Run, RunOptions
 from lit_llama.lora import LoRAConfig
 from lit_llama.prompts import STYLES
 from lit_llama.quantization import Embeddings, Quantization
@@ -39,13 +39,11 @@ RESULT = "result.json"
 
 
 @dataclass(kw_only=True)
-class ContinualExperiment:
+class ContinualExperiment(RunOptions):
     """Learn tasks one after the other, by several strategies, in several orders, and measure what is forgotten."""
 
     checkpoint_dir: Path
     """The base model."""
-    out_dir: Path
-    """Folder for runs, results.jsonl, report.md and accuracy.png."""
     tasks: list[dict[str, Any]]
     """Each {name: ..., question_file: closed-book questions (JSONL), and to train on one or more of data_dir: a token
     store or a list of them, documents: a folder, instruction_file: JSONL}, and if wanted val_data_dir: a token store
@@ -74,17 +72,6 @@ class ContinualExperiment:
     """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
     precision: str = "bf16"
     """Precision of the base weights and the computation: bf16 or fp32."""
-    devices: list[str] = field(default_factory=lambda: ["auto"])
-    """Where runs are carried out, one at a time on each: cuda:0, cuda:1, ... or cpu; [auto]: every CUDA card, or the
-    CPU twice, as two small runs use its cores better than one."""
-    threads: int | None = None
-    """CPU threads of a run; by default a fair share of them."""
-    keep_only_adapters: bool = False
-    """After a run, remove what only a resume needs, and merged checkpoints."""
-    action: Literal["run", "plan", "report"] = "run"
-    """run: carry out what is not finished, then report. plan: say what would be run. report: of what is there."""
-    overwrite: bool = False
-    """Repeat runs whose options have changed since they were carried out."""
     out: Path | None = None
     """Carry out the one run that the other options leave, in this process, and write its result here: how the
     experiment calls itself."""

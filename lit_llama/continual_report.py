@@ -29,9 +29,9 @@ from lit_llama.continual_experiment import (
 )
 from lit_llama.errors import InputError
 from lit_llama.evaluation.statistics import Estimate, bootstrap_mean, paired_difference
+from lit_llama.experiment_runs import Run, directory, is_finished, last_line
 from lit_llama.files import atomic_file, atomic_path, read_json
 from lit_llama.hardware import run_environment
-from lit_llama.injection.comparison import Run, directory, is_finished, last_line
 from lit_llama.injection.comparison_report import Table, aligned
 from lit_llama.injection.comparison_results import count, duration, percent, points
 from lit_llama.run_files import plain_arguments

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lit_llama.command_line import progress, run, stop
 from lit_llama.errors import InputError
-from lit_llama.injection.comparison import Experiment, Scripts, carry_out, check, check_keys, controls, first_wave
+from lit_llama.experiment_runs import Scripts
+from lit_llama.injection.comparison import Experiment, carry_out, check, check_keys, controls, first_wave
 from lit_llama.injection.comparison_report import aligned, cells_table, write_report
 from lit_llama.injection.comparison_results import collect, summarise, verdict
 

@@ -15,18 +15,14 @@ import yaml
 from conftest import ROOT, run_script
 
 from lit_llama.errors import InputError
+from lit_llama.experiment_runs import Run, Scripts, devices_of, directory, is_finished
 from lit_llama.injection.comparison import (
     Experiment,
-    Run,
-    Scripts,
     carry_out,
     check,
     check_keys,
     controls,
-    devices_of,
-    directory,
     first_wave,
-    is_finished,
     recipes,
 )
 from lit_llama.injection.comparison_charts import Series, scatter, ticks

@@ -44,7 +44,7 @@ from lit_llama.data.packing import TrainingWindows
 from lit_llama.data.token_store import TokenStore
 from lit_llama.errors import InputError
 from lit_llama.evaluation.statistics import paired_difference
-from lit_llama.injection.comparison import directory
+from lit_llama.experiment_runs import directory
 from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers
 from lit_llama.run_files import plain_arguments
 from lit_llama.tokenizer import Tokenizer

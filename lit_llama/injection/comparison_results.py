@@ -14,6 +14,7 @@ import numpy as np
 from lit_llama.evaluation import statistics
 from lit_llama.evaluation.questions import wilson_interval
 from lit_llama.evaluation.statistics import Estimate
+from lit_llama.experiment_runs import Run, directory, is_finished, last_line
 from lit_llama.files import atomic_file, read_json
 from lit_llama.injection.comparison import (
     CONTEXTS,
@@ -21,11 +22,7 @@ from lit_llama.injection.comparison import (
     QUESTIONS_ONLY,
     RAW,
     Experiment,
-    Run,
     cell_rows,
-    directory,
-    is_finished,
-    last_line,
 )
 
 MINIMUM_EFFECT = 0.05
