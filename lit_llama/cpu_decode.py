@@ -5,6 +5,8 @@ what the memory can. `cpu_decode.cpp` does a whole step in one call, on the weig
 packed, so that it is ready at once. Of a prompt the matrix products are PyTorch's, and all between them is in that file
 too. It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without one, or with a
 layer that it does not know, everything goes through the model as before.
+
+Which tokens are asked for and how they are chosen is `generation.py`; keys and values lie in `model.KVCache`.
 """
 
 import ctypes

@@ -1,4 +1,8 @@
-"""Write a model, or an adapter alone, as one GGUF file for llama.cpp, Ollama, LM Studio and their like."""
+"""Write a model, or an adapter alone, as one GGUF file for llama.cpp, Ollama, LM Studio and their like.
+
+python scripts/export_gguf.py --checkpoint_dir checkpoints/smollm2-135m-instruct --adapter_dir out/my_domain --out
+expert.gguf
+"""
 
 from pathlib import Path
 from typing import Literal
