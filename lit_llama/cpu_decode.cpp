@@ -1,4 +1,4 @@
-// A Llama on a CPU: a token of a few rows at once with every weight read once, where it lies; and, of a prompt,
+// A Llama on a CPU: a few tokens of a few rows at once with every weight read once, where it lies; and, of a prompt,
 // everything between the matrix products.
 //
 // Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32;
@@ -78,6 +78,21 @@ struct Shape {
     int64_t bf16;  // else fp32: keys, values, and what products of prompts take and give
 };
 
+struct Step {  // what changes from step to step
+    int64_t tokens, length, capacity;  // length: tokens of one row, which follow each other
+    const int64_t* positions;      // (tokens,)
+    const int64_t* adapters;       // (tokens,) index into the adapters, -1 the base alone
+    const float *cosines, *sines;  // (tokens, head_dim), the first half of sines negated
+    void *const *keys, *const *values;  // a layer: (tokens / length, kv_heads, capacity, head_dim)
+    float *x, *logits;             // (tokens, hidden), (tokens, vocab)
+};
+
+struct Prompt {
+    int64_t rows, length, capacity;
+    const int64_t *positions, *columns;  // (rows, length): of the tokens, and where the cache holds them
+    const float *cosines, *sines;        // (rows, length, head_dim), the first half of sines negated
+};
+
 }  // extern "C"
 
 namespace {
@@ -100,21 +115,6 @@ void rotate(const T* x, const float* cosines, const float* sines, long head_dim,
     }
 }
 
-struct Step {  // what changes from token to token
-    int64_t rows, capacity;
-    const int64_t* positions;      // (rows,) of the new tokens
-    const int64_t* adapters;       // (rows,) index into the adapters, -1 the base alone
-    const float *cosines, *sines;  // (rows, head_dim), the first half of sines negated
-    void *const *keys, *const *values;  // a layer: (rows, kv_heads, capacity, head_dim)
-    float *x, *logits;             // (rows, hidden), (rows, vocab)
-};
-
-struct Prompt {
-    int64_t rows, length, capacity;
-    const int64_t *positions, *columns;  // (rows, length): of the tokens, and where the cache holds them
-    const float *cosines, *sines;        // (rows, length, head_dim), the first half of sines negated
-};
-
 struct Phase {
     alignas(64) std::atomic<long> next;  // apart, since one is written while the other is waited for
     alignas(64) std::atomic<long> done;
@@ -134,7 +134,7 @@ struct Decoder {
     int threads;
     std::vector<Phase> phases;
 
-    Decoder(const Shape& s, long thread_count) : shape(s), threads(thread_count), phases(s.layers * 9 + 2) {}
+    Decoder(const Shape& s, long thread_count) : shape(s), threads(thread_count), phases(s.layers * 10 + 2) {}
 
     static void pause() {
 #if defined(__x86_64__)
@@ -170,10 +170,10 @@ struct Decoder {
 
     void decode(const Step& s) {
         step = s;
-        qkv.resize(s.rows * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
-        attended.resize(s.rows * shape.heads * shape.head_dim);
-        product_of.resize(s.rows * shape.intermediate);
-        low.resize(s.rows * SLOTS * max_rank);
+        qkv.resize(s.tokens * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+        attended.resize(s.tokens * shape.heads * shape.head_dim);
+        product_of.resize(s.tokens * shape.intermediate);
+        low.resize(s.tokens * SLOTS * max_rank);
         for (auto& p : phases) p.next = 0, p.done = 0;
 #pragma omp parallel num_threads(threads)
         forward();
@@ -181,43 +181,42 @@ struct Decoder {
 
     // x / rms(x) * weight, by each thread for itself: quicker than waiting for another.
     void normalise(const float* weight, std::vector<float>& normed) const {
-        normed.resize(step.rows * shape.hidden);
-        for (long r = 0; r < step.rows; r++) {
-            const float* x = step.x + r * shape.hidden;
+        normed.resize(step.tokens * shape.hidden);
+        for (long t = 0; t < step.tokens; t++) {
+            const float* x = step.x + t * shape.hidden;
             float factor = 1 / std::sqrt(dot(x, x, shape.hidden) / shape.hidden + shape.epsilon);
-            for (long i = 0; i < shape.hidden; i++) normed[r * shape.hidden + i] = x[i] * factor * weight[i];
+            for (long i = 0; i < shape.hidden; i++) normed[t * shape.hidden + i] = x[i] * factor * weight[i];
         }
     }
 
-    const LowRank* adapter(long row, long matrix) const {
-        long index = step.adapters[row];
+    const LowRank* adapter(long token, long matrix) const {
+        long index = step.adapters[token];
         if (index < 0 || matrix >= (long)adapters[index].size() || adapters[index][matrix].r == 0) return nullptr;
         return &adapters[index][matrix];
     }
 
-    float* low_of(long row, long matrix) { return low.data() + (row * SLOTS + matrix % SLOTS) * max_rank; }
+    float* low_of(long token, long matrix) { return low.data() + (token * SLOTS + matrix % SLOTS) * max_rank; }
 
-    // low = A x of every row's adapter, for `count` matrices from `first` on, which share the input.
+    // low = A x of every token's adapter, for `count` matrices from `first` on, which share the input.
     void lower(long& number, long first, long count, const float* x, long stride) {
         if (max_rank == 0) return;
-        phase(number, step.rows * count, [&](long piece) {
-            long row = piece / count, matrix = first + piece % count;
-            if (const LowRank* a = adapter(row, matrix))
-                for (long j = 0; j < a->r; j++)
-                    low_of(row, matrix)[j] = dot(a->A + j * matrices[matrix].in, x + row * stride, matrices[matrix].in);
+        phase(number, step.tokens * count, [&](long piece) {
+            long token = piece / count, matrix = first + piece % count, in = matrices[matrix].in;
+            if (const LowRank* a = adapter(token, matrix))
+                for (long j = 0; j < a->r; j++) low_of(token, matrix)[j] = dot(a->A + j * in, x + token * stride, in);
         });
     }
 
-    // store(row, j, output j of the matrix with the row's adapter) for a piece of the outputs.
+    // store(token, j, output j of the matrix with the token's adapter) for a piece of the outputs.
     template <class Store>
     void multiply(long piece, long matrix, const float* x, Store store) {
         const Matrix& m = matrices[matrix];
         long count = pieces(matrix), end = m.out * (piece + 1) / count;
         for (long j = m.out * piece / count; j < end; j++)
-            for (long row = 0; row < step.rows; row++) {  // the weights come from the cache for all but the first
-                float y = row_dot(m, j, x + row * m.in);
-                if (const LowRank* a = adapter(row, matrix)) y += dot(a->B + j * a->r, low_of(row, matrix), a->r);
-                store(row, j, y);
+            for (long token = 0; token < step.tokens; token++) {  // for all but the first the weights are at hand
+                float y = row_dot(m, j, x + token * m.in);
+                if (const LowRank* a = adapter(token, matrix)) y += dot(a->B + j * a->r, low_of(token, matrix), a->r);
+                store(token, j, y);
             }
     }
 
@@ -225,29 +224,44 @@ struct Decoder {
         long out = matrices[matrix].out;
         lower(number, matrix, 1, from.data(), matrices[matrix].in);
         phase(number, pieces(matrix), [&](long piece) {
-            multiply(piece, matrix, from.data(), [&](long row, long j, float y) { step.x[row * out + j] += y; });
+            multiply(piece, matrix, from.data(), [&](long token, long j, float y) { step.x[token * out + j] += y; });
         });
     }
 
-    void rotate(const float* x, long row, float* to) const {
-        ::rotate(x, step.cosines + row * shape.head_dim, step.sines + row * shape.head_dim, shape.head_dim, to);
+    void rotate(const float* x, long token, float* to) const {
+        ::rotate(x, step.cosines + token * shape.head_dim, step.sines + token * shape.head_dim, shape.head_dim, to);
+    }
+
+    // The first head of a token's queries, then keys, then values.
+    float* projected(long token, long head) {
+        return qkv.data() + (token * (shape.heads + 2 * shape.kv_heads) + head) * shape.head_dim;
     }
 
     template <class T>
-    void attend(long layer, long row, long kv_head, std::vector<float>& weights) {
-        long d = shape.head_dim, group = shape.heads / shape.kv_heads, position = step.positions[row];
+    T* cached(void* const* tensors, long layer, long token, long kv_head) {
+        return (T*)tensors[layer] + (token / step.length * shape.kv_heads + kv_head) * step.capacity * shape.head_dim;
+    }
+
+    template <class T>
+    void remember(long layer, long token, long kv_head) {
+        long d = shape.head_dim, at = step.positions[token] * d;
+        float* k = projected(token, shape.heads + kv_head);
+        const float* v = projected(token, shape.heads + shape.kv_heads + kv_head);
+        T *keys = cached<T>(step.keys, layer, token, kv_head), *values = cached<T>(step.values, layer, token, kv_head);
+        rotate(k, token, k);
+        for (long i = 0; i < d; i++) store(k[i], keys[at + i]), store(v[i], values[at + i]);
+    }
+
+    template <class T>
+    void attend(long layer, long token, long kv_head, std::vector<float>& weights) {
+        long d = shape.head_dim, group = shape.heads / shape.kv_heads, position = step.positions[token];
         long start = shape.window ? std::max(0L, position - shape.window + 1) : 0L;
-        float* q = qkv.data() + row * (shape.heads + 2 * shape.kv_heads) * d + kv_head * group * d;
-        float* k = q + (shape.heads - kv_head * group + kv_head) * d;
-        float* v = k + shape.kv_heads * d;
-        T* keys = (T*)step.keys[layer] + (row * shape.kv_heads + kv_head) * step.capacity * d;
-        T* values = (T*)step.values[layer] + (row * shape.kv_heads + kv_head) * step.capacity * d;
-        rotate(k, row, k);
-        for (long i = 0; i < d; i++) store(k[i], keys[position * d + i]), store(v[i], values[position * d + i]);
+        const T* keys = cached<T>(step.keys, layer, token, kv_head);
+        const T* values = cached<T>(step.values, layer, token, kv_head);
         weights.resize(position + 1);
-        for (long h = 0; h < group; h++) {
-            float *query = q + h * d, *out = attended.data() + (row * shape.heads + kv_head * group + h) * d;
-            rotate(query, row, query);
+        for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
+            float *query = projected(token, h), *out = attended.data() + (token * shape.heads + h) * d;
+            rotate(query, token, query);
             float largest = -3e38f, total = 0, scale = 1 / std::sqrt(float(d));
             for (long t = start; t <= position; t++) {
                 weights[t] = scale * dot(keys + t * d, query, d);
@@ -264,7 +278,7 @@ struct Decoder {
 
     void forward() {
         std::vector<float> normed, weights;
-        long rows = step.rows, number = 0, hidden = shape.hidden;
+        long number = 0, hidden = shape.hidden, heads = step.tokens * shape.kv_heads;
         long q_size = shape.heads * shape.head_dim, kv_size = shape.kv_heads * shape.head_dim;
         for (long layer = 0; layer < shape.layers; layer++) {
             long first = layer * SLOTS;
@@ -276,21 +290,28 @@ struct Decoder {
                 long offset = slot == Q ? 0 : q_size + (slot - K) * kv_size;
                 piece -= slot == Q ? 0 : q_pieces + (slot - K) * kv_pieces;
                 multiply(piece, first + slot, normed.data(),
-                         [&](long row, long j, float y) { qkv[row * outputs + offset + j] = y; });
+                         [&](long token, long j, float y) { qkv[token * outputs + offset + j] = y; });
             });
-            phase(number, rows * shape.kv_heads, [&](long piece) {
-                long row = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
-                if (shape.bf16) attend<uint16_t>(layer, row, kv_head, weights);
-                else attend<float>(layer, row, kv_head, weights);
+            auto remember_piece = [&](long piece) {
+                long token = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
+                if (shape.bf16) remember<uint16_t>(layer, token, kv_head);
+                else remember<float>(layer, token, kv_head);
+            };
+            if (step.length > 1) phase(number, heads, remember_piece);  // a token sees those before it in the step
+            phase(number, heads, [&](long piece) {
+                if (step.length == 1) remember_piece(piece);
+                long token = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
+                if (shape.bf16) attend<uint16_t>(layer, token, kv_head, weights);
+                else attend<float>(layer, token, kv_head, weights);
             });
             add_to_residual(number, first + O, attended);
             normalise(norms[2 * layer + 1], normed);
             lower(number, first + GATE, 2, normed.data(), hidden);
             phase(number, pieces(first + GATE), [&](long piece) {
-                auto at = [&](long row, long j) -> float& { return product_of[row * shape.intermediate + j]; };
+                auto at = [&](long token, long j) -> float& { return product_of[token * shape.intermediate + j]; };
                 multiply(piece, first + GATE, normed.data(),
-                         [&](long row, long j, float y) { at(row, j) = silu(y); });
-                multiply(piece, first + UP, normed.data(), [&](long row, long j, float y) { at(row, j) *= y; });
+                         [&](long token, long j, float y) { at(token, j) = silu(y); });
+                multiply(piece, first + UP, normed.data(), [&](long token, long j, float y) { at(token, j) *= y; });
             });
             add_to_residual(number, first + DOWN, product_of);
         }
@@ -298,7 +319,7 @@ struct Decoder {
         long head = matrices.size() - 1;
         phase(number, pieces(head), [&](long piece) {
             multiply(piece, head, normed.data(),
-                     [&](long row, long j, float y) { step.logits[row * shape.vocab + j] = y; });
+                     [&](long token, long j, float y) { step.logits[token * shape.vocab + j] = y; });
         });
     }
 
@@ -400,11 +421,7 @@ void decoder_set_adapters(void* handle, const LowRank* adapters, int64_t count) 
     }
 }
 
-void decoder_step(void* handle, int64_t rows, int64_t capacity, const int64_t* positions, const int64_t* adapters,
-                  const float* cosines, const float* sines, void* const* keys, void* const* values, float* x,
-                  float* logits) {
-    ((Decoder*)handle)->decode({rows, capacity, positions, adapters, cosines, sines, keys, values, x, logits});
-}
+void decoder_step(void* handle, const Step* step) { ((Decoder*)handle)->decode(*step); }
 
 void decoder_add_and_normalise(void* handle, int64_t rows, float* x, const void* added, int64_t norm, void* normed) {
     with_dtype(handle, [=](Decoder& decoder, auto zero) {

@@ -60,6 +60,15 @@ class _Shape(Structure):
     ]
 
 
+class _Step(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("tokens", "length", "capacity")),
+        *((name, c_void_p) for name in ("positions", "adapters", "cosines", "sines")),
+        *((name, POINTER(c_void_p)) for name in ("keys", "values")),
+        *((name, c_void_p) for name in ("x", "logits")),
+    ]
+
+
 class _Prompt(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "length", "capacity")),
@@ -68,10 +77,11 @@ class _Prompt(Structure):
 
 
 class CPUDecoder:
-    """Reads prompts and computes the logits of one more token a row; made by `cpu_decoder`.
+    """Reads prompts and computes the logits of one or a few more tokens a row; made by `cpu_decoder`.
 
     Residuals are fp32 whatever the weights are, and in a step everything is, so that the logits differ from the model's
-    own by the rounding that those do. A row's step does not depend, to the bit, on which rows go with it.
+    own by the rounding that those do. A token's logits do not depend, to the bit, on which rows go with it, nor on how
+    many tokens of its row a step takes.
     """
 
     def __init__(self, model: Llama, layers: list[nn.Module], library: ctypes.CDLL) -> None:
@@ -174,28 +184,27 @@ class CPUDecoder:
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Logits (rows, vocab) fp32 after one more token (rows,) int64 each, which the cache then holds."""
-        cache.reserve(1)
-        positions = torch.full((len(tokens),), cache.length)
+        """Logits (rows, length, vocab) fp32 after each of some tokens (rows, length) int64, which the cache then holds.
+
+        All weights are read once: for few tokens, a prompt is rather read by `read`.
+        """
+        rows, length = tokens.shape
+        cache.reserve(length)
+        positions = torch.arange(cache.length, cache.length + length).repeat(rows, 1)
         if cache.padding is not None:
-            positions -= cache.padding
+            positions -= cache.padding[:, None]
         cos, sin = self._rotary_tables(positions)
         x = self.model.model.embed_tokens(tokens).float()
-        logits = torch.empty(len(tokens), self._weights[-1].out_features)
-        adapters = torch.full((len(tokens),), len(self._adapters) - 1)  # the only one, or none
+        logits = torch.empty(rows, length, self._weights[-1].out_features)
+        adapters = torch.full((rows,), len(self._adapters) - 1)  # the only one, or none
         if self.bank is not None:
-            adapters = torch.tensor(self.bank.rows_of(cache)[: len(tokens)])
-        self.library.decoder_step(
-            self.handle,
-            len(tokens),
-            cache.keys[0].shape[2],
-            *map(_pointer, (positions, adapters, cos, sin)),
-            _pointers(cache.keys),
-            _pointers(cache.values),
-            _pointer(x),
-            _pointer(logits),
-        )
-        cache.length += 1
+            adapters = torch.tensor(self.bank.rows_of(cache)[:rows])
+        adapters = adapters.repeat_interleave(length)
+        inputs = map(_pointer, (positions, adapters, cos, sin))
+        memory = (_pointers(cache.keys), _pointers(cache.values))
+        step = _Step(rows * length, length, cache.keys[0].shape[2], *inputs, *memory, _pointer(x), _pointer(logits))
+        self.library.decoder_step(self.handle, ctypes.byref(step))
+        cache.length += length
         return logits
 
 
@@ -308,10 +317,7 @@ def _library() -> ctypes.CDLL | None:
     library.decoder_new.restype = c_void_p
     library.decoder_new.argtypes = [POINTER(_Shape), POINTER(_Matrix), POINTER(c_void_p), c_int64]
     library.decoder_set_adapters.argtypes = [c_void_p, POINTER(_LowRank), c_int64]
-    library.decoder_step.argtypes = [
-        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_void_p),
-        c_void_p, c_void_p,
-    ]  # fmt: skip
+    library.decoder_step.argtypes = [c_void_p, POINTER(_Step)]
     library.decoder_add_and_normalise.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
     library.decoder_rotate_and_store.argtypes = [c_void_p, POINTER(_Prompt), *[c_void_p] * 6]
     library.decoder_softmax.argtypes = [c_void_p, POINTER(_Prompt), c_void_p, c_int64, c_int64, c_int64]

@@ -25,6 +25,8 @@ from lit_llama.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048
 """Prompt tokens of one forward pass, over all rows: enough for full GEMM speed, few enough to bound the activations."""
+STEP_TOKENS = 4
+"""So few tokens of a row are computed as steps of generation are, more of them as a prompt."""
 
 
 @dataclass
@@ -176,10 +178,7 @@ def generate_stream(
             kept = [index for index, row in enumerate(numbers) if row in unfinished]
             tokens = _select(model, kept, tokens, cache, sampler)
             numbers = [numbers[index] for index in kept]
-        if model.decoder is not None:
-            logits = model.decoder(tokens, cache)
-        else:
-            logits = model.lm_head(model.model(tokens[:, None], cache=cache)[:, -1])
+        logits = logits_of(model, tokens[:, None], cache)[:, 0]
 
 
 def prepare_to_generate(model: Llama) -> None:
@@ -192,6 +191,26 @@ def prepare_to_generate(model: Llama) -> None:
     model.decoder = cpu_decoder(model)
     if model.decoder is None:
         pack_linear_layers(model)
+
+
+def logits_of(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Logits (rows, length, vocab) after each of a few tokens (rows, length), which the cache then holds."""
+    if model.decoder is not None:
+        return model.decoder(tokens, cache)
+    return model.lm_head(model.model(tokens, cache=cache))
+
+
+def read_prompt(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Hidden states (rows, hidden) of the last of many tokens (rows, length), which the cache then holds."""
+    return model.model(tokens, cache=cache)[:, -1] if model.decoder is None else model.decoder.read(tokens, cache)
+
+
+def next_logits(model: Llama, tokens: Sequence[int], cache: KVCache) -> Tensor:
+    """Logits (1, vocab) of what follows a row of tokens, which its cache then holds."""
+    ids = torch.tensor([tokens], device=model.model.norm.weight.device)
+    if cache.length and len(tokens) <= STEP_TOKENS:
+        return logits_of(model, ids, cache)[:, -1]
+    return model.lm_head(_accompanied(read_prompt(model, ids, cache)))[:1]
 
 
 def _select(model: Llama, rows: list[int], tensor: Tensor, cache: KVCache, sampler: "Sampler") -> Tensor:
@@ -219,11 +238,17 @@ def as_prompts(input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> l
     return [list(row) for row in input_ids]
 
 
-def checked_length(model: Llama, prompts: list[list[int]], max_new_tokens: int | None) -> int:
-    """The number of tokens to generate at most, after every check of what the caller gave."""
+def checked_length(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int | None, context: int | None = None
+) -> int:
+    """The number of tokens to generate at most, after every check of what the caller gave.
+
+    Args:
+        context: most tokens of a prompt and what follows it, where they are fewer than the model's.
+    """
     if not prompts:
         raise InputError("no prompt was given")
-    context, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    vocab_size, context = model.config.vocab_size, context or model.config.max_position_embeddings
     for number, prompt in enumerate(prompts, start=1):
         of = f"prompt {number}" if len(prompts) > 1 else "the prompt"
         if not prompt:
@@ -268,7 +293,7 @@ def _prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tup
     # The last token needs no place: nothing is computed after it.
     cache = KVCache(model.config, len(padded), width + max_new_tokens - 1, weight.dtype, weight.device, padding)
     for chunk in padded.chunk(-(-padded.numel() // PREFILL_TOKENS), dim=1):  # of like size: none of a token alone
-        hidden = model.model(chunk, cache=cache)[:, -1] if model.decoder is None else model.decoder.read(chunk, cache)
+        hidden = read_prompt(model, chunk, cache)
     return cache, model.lm_head(_accompanied(hidden))[: len(prompts)]
 
 

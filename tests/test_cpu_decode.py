@@ -54,7 +54,9 @@ def token_ids(rows: int, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def decoded(model: Llama, ids: Tensor, read: int, padding: Tensor | None = None, threads: int = 1) -> Tensor:
+def decoded(
+    model: Llama, ids: Tensor, read: int, padding: Tensor | None = None, threads: int = 1, a_step: int = 1
+) -> Tensor:
     """Logits (rows, length - read, vocab) of `ids`, of which some are read as a prompt, in two pieces."""
     torch.set_num_threads(threads)
     decoder = cpu_decoder(model)
@@ -63,7 +65,7 @@ def decoded(model: Llama, ids: Tensor, read: int, padding: Tensor | None = None,
     cache = KVCache(model.config, len(ids), ids.shape[1], model.model.norm.weight.dtype, padding=padding)
     for piece in ids[:, :read].split(-(-read // 2), dim=1):
         decoder.read(piece, cache)
-    return torch.stack([decoder(tokens.contiguous(), cache) for tokens in ids[:, read:].T], dim=1)
+    return torch.cat([decoder(tokens.contiguous(), cache) for tokens in ids[:, read:].split(a_step, dim=1)], dim=1)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,17 @@ def test_rows_are_computed_as_each_would_be_alone() -> None:
     for row, nothing in enumerate(padding.tolist()):
         alone = decoded(model, ids[[row, row], nothing:], 10 - nothing)[0]
         torch.testing.assert_close(padded[row], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_several_tokens_a_step_are_computed_as_one_by_one() -> None:
+    model, ids, padding = (
+        random_model(sliding_window=9, model_type="mistral"),
+        token_ids(3, 31),
+        torch.tensor([0, 3, 7]),
+    )
+    one_by_one = decoded(model, ids, 10, padding)
+    assert torch.equal(decoded(model, ids, 10, padding, a_step=4), one_by_one)
+    assert torch.equal(decoded(model, ids, 10, padding, threads=3, a_step=21), one_by_one)
 
 
 def test_threads_share_the_work_and_change_nothing() -> None:
