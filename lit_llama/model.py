@@ -14,8 +14,9 @@ knows of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -325,6 +326,20 @@ class KVCache:
             more = max(needed, min(2 * capacity, _round_up(self.max_length))) - capacity
             self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
             self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
+
+    def rows(self, start: int, end: int, lengths: Sequence[int]) -> "KVCache":
+        """The rows from `start` to `end` as a cache of their own, in the same memory, that holds `lengths` tokens.
+
+        Memory for the tokens to come must be reserved before; what they do to the row state stays there.
+        """
+        rows = copy(self)
+        rows.keys, rows.values = ([tensor[start:end] for tensor in tensors] for tensors in (self.keys, self.values))
+        rows.length = max(lengths)
+        rows.padding = None
+        if min(lengths) < rows.length:
+            rows.padding = torch.tensor([rows.length - length for length in lengths], device=self.keys[0].device)
+        rows.row_state = {name: state[start:end] for name, state in self.row_state.items()}
+        return rows
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' keys and values of one layer; returns views of all that the mask covers."""
