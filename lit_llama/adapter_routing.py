@@ -66,6 +66,8 @@ class Router:
         self, bank: AdapterBank, tokenizer: Tokenizer, adapters_dir: Path, method: Method, top_k: int | None = None
     ) -> None:
         self.bank, self.tokenizer, self.method = bank, tokenizer, method
+        self.mixes = method != "embedding"
+        """Whether a mixture answers, that each token chooses afresh, and not one adapter of the bank."""
         directories = {name: Path(adapters_dir) / name for name in bank.names}
         fingerprint = bank.model.fingerprint
         if method == "embedding":
@@ -121,6 +123,8 @@ class Router:
 
 class FixedRoute:
     """Takes one adapter for all questions, as a `Router` would."""
+
+    mixes = False
 
     def __init__(self, bank: AdapterBank, name: str) -> None:
         self.bank, self.name = bank, name

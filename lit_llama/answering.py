@@ -6,21 +6,22 @@ several adapters answers is `adapter_routing.py`.
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from lit_llama.adapter_routing import FixedRoute, Method, Router, open_route
+from lit_llama.batching import Engine, Piece, Request, TokenLogprob
 from lit_llama.checkpoint import existing_directory, load_model
 from lit_llama.command_line import progress
+from lit_llama.drafting import Drafter, DraftModel, check_vocabulary, look_up
 from lit_llama.errors import InputError
 from lit_llama.files import read_jsonl
-from lit_llama.generation import SamplingConfig, Speed, checked_length, prepare_to_generate, stream_text
+from lit_llama.generation import SamplingConfig, Speed, checked_length, prepare_to_generate
 from lit_llama.hardware import peak_memory_gb, pick_device, pick_dtype
 from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
@@ -65,10 +66,18 @@ class AnswerArguments(ModelArguments):
     """Ask for prompts until Ctrl-D; each stands for itself."""
     stop: str | list[str] = field(default_factory=list)
     """A string, or a list of them, that ends an answer and is not part of it."""
+    choices: list[str] | None = None
+    """The only answers that can be given: '["yes", "no"]'."""
+    draft: str | None = None
+    """Guess the next tokens and check several at once, which changes only how long an answer takes: "lookup" looks up
+    what followed the last words before, for text that repeats its prompt; or the directory of a much smaller model with
+    the same vocabulary. For up to 4 prompts at a time."""
     batch_size: int = 8
     """Prompts answered at a time."""
     json: bool = False
     """Print JSONL, {"prompt", "answer"} a line, instead of plain answers."""
+    logprobs: int | None = None
+    """With json also "logprobs": of each token its text, ln of its probability, and these of so many likeliest."""
 
 
 def load_for_generation(
@@ -122,9 +131,25 @@ class Asker:
         stop = self.arguments.stop
         return style, system, stop_strings(style) + ([stop] if isinstance(stop, str) else stop)
 
-    def answering(self, asked: list[Asked]) -> AbstractContextManager:
-        """Generate inside of this, the prompts being the rows of a batch."""
-        return nullcontext() if self.router is None else self.router.answering([one.expert for one in asked])
+    def answers(self, engine: Engine, asked: list[Asked]) -> Iterator[tuple[int, Piece]]:
+        """Pieces of all answers as they come, with their numbers: prompt * num_samples + sample."""
+        arguments, router = self.arguments, self.router
+        mixed = router is not None and router.mixes
+        requests = [
+            Request(
+                prompt=one.ids,
+                max_new_tokens=arguments.max_new_tokens,
+                sampling=replace(arguments, num_samples=1, seed=arguments.seed + sample),
+                stop=one.stop,
+                adapter=None if mixed else one.expert,
+                choices=arguments.choices,
+                logprobs=arguments.logprobs,
+            )
+            for one in asked
+            for sample in range(arguments.num_samples)
+        ]
+        with router.answering([]) if mixed else nullcontext():
+            yield from engine.answer(requests)
 
 
 def answer_prompts(
@@ -147,6 +172,8 @@ def answer_prompts(
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size {arguments.batch_size} must be at least 1")
     prompts = None if arguments.interactive else read_prompts(arguments.prompt, arguments.prompts_file)
+    if arguments.logprobs is not None and (not arguments.json or arguments.logprobs < 0):
+        raise InputError(f"--logprobs {arguments.logprobs} must be at least 0, and is printed with --json true")
     if arguments.interactive and (arguments.prompt is not None or arguments.prompts_file is not None):
         raise InputError("--interactive asks for prompts itself; leave out --prompt and --prompts_file")
     style_and_system(arguments, adapter_dir)  # what is wrong with them shall be said before the model is loaded
@@ -162,18 +189,36 @@ def answer_prompts(
 
     model, tokenizer = load_for_generation(arguments, put_on)
     asker = Asker(tokenizer, arguments, adapter_dir or adapters_dir, router)
-
-    speed = Speed()
+    make_drafter = None if arguments.draft is None else drafter_maker(arguments, tokenizer)
+    engine = Engine(model, tokenizer, arguments.batch_size, max_waiting=None, make_drafter=make_drafter)
     try:
         if prompts is None:
-            _converse(model, asker, speed)
+            _converse(engine, asker)
         elif len(prompts) == 1 and arguments.num_samples == 1 and not arguments.json:
-            _answer_one(model, asker, prompts[0], speed)
+            _answer_one(engine, asker, prompts[0])
         else:
-            _answer_all(model, asker, prompts, speed)
+            _answer_all(engine, asker, prompts)
     finally:
-        if speed.prompt_tokens:
-            progress(summary(speed, weight_bytes, model.model.norm.weight.device))
+        if engine.speed.prompt_tokens:
+            progress(summary(engine.speed, weight_bytes, model.model.norm.weight.device))
+            if engine.guessed:
+                progress(f"{engine.guessed_right:,} of {engine.guessed:,} guessed tokens were right")
+
+
+def drafter_maker(arguments: AnswerArguments, tokenizer: Tokenizer) -> Callable[[], Drafter]:
+    """What `--draft` says: see there.
+
+    Raises:
+        InputError: neither "lookup" nor a checkpoint with the same vocabulary.
+    """
+    if arguments.draft == "lookup":
+        return lambda: look_up
+    directory = existing_directory(Path(arguments.draft))
+    check_vocabulary(tokenizer, Tokenizer.from_checkpoint(directory))
+    device = pick_device(arguments.device)
+    model = load_model(directory, pick_dtype(arguments.dtype, device), device).eval()
+    prepare_to_generate(model)
+    return lambda: DraftModel(model)
 
 
 def read_prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:
@@ -267,38 +312,36 @@ def summary(speed: Speed, weight_bytes: int, device: torch.device) -> str:
     return f"{text}, peak memory {peak_memory_gb(device):.2f} GB"
 
 
-def _answer_one(model: Llama, asker: Asker, prompt: str, speed: Speed) -> None:
+def _answer_one(engine: Engine, asker: Asker, prompt: str) -> None:
     """Print one answer while it comes."""
-    arguments, (asked,) = asker.arguments, asker.ask([prompt])
-    with asker.answering([asked]):
-        for _, text in stream_text(
-            model, asker.tokenizer, [asked.ids], arguments.max_new_tokens, arguments, asked.stop, speed
-        ):
-            print(text, end="", flush=True)
+    for _, piece in asker.answers(engine, asker.ask([prompt])):
+        print(piece.text, end="", flush=True)
     print(flush=True)
 
 
-def _answer_all(model: Llama, asker: Asker, prompts: list[str], speed: Speed) -> None:
-    """Print every answer, in the order of the prompts, a batch at a time; samples of a prompt follow each other."""
-    arguments, samples, asked = asker.arguments, asker.arguments.num_samples, asker.ask(prompts)
-    # All of them, before the first answer is printed.
-    checked_length(model, [one.ids for one in asked], arguments.max_new_tokens)
-    for stop, alike in groupby(asked, key=lambda one: one.stop):  # a batch ends at the same strings
-        rows = list(alike)
-        for start in range(0, len(rows), arguments.batch_size):
-            batch = rows[start : start + arguments.batch_size]
-            ids, answers = [one.ids for one in batch], [""] * (len(batch) * samples)
-            with asker.answering(batch):
-                for row, text in stream_text(
-                    model, asker.tokenizer, ids, arguments.max_new_tokens, arguments, stop, speed
-                ):
-                    answers[row] += text
-            for row, text in enumerate(answers):
-                line = json.dumps({"prompt": batch[row // samples].prompt, "answer": text}, ensure_ascii=False)
-                print(line if arguments.json else text, flush=True)
+def _answer_all(engine: Engine, asker: Asker, prompts: list[str]) -> None:
+    """Print every answer, in the order of the prompts, once it is whole; samples of a prompt follow each other."""
+    arguments, asked, printed = asker.arguments, asker.ask(prompts), 0
+    # All of them, before the first answer is printed, and with their numbers.
+    checked_length(engine.model, [one.ids for one in asked], arguments.max_new_tokens)
+    answers: list[list[Piece]] = [[] for _ in range(len(prompts) * arguments.num_samples)]
+    for number, piece in asker.answers(engine, asked):
+        answers[number].append(piece)
+        while printed < len(answers) and answers[printed] and answers[printed][-1].finish_reason is not None:
+            text = "".join(piece.text for piece in answers[printed])
+            row = {"prompt": asked[printed // arguments.num_samples].prompt, "answer": text}
+            if arguments.logprobs is not None:
+                row["logprobs"] = [_named(one) for piece in answers[printed] for one in piece.logprobs]
+            print(json.dumps(row, ensure_ascii=False) if arguments.json else text, flush=True)
+            answers[printed], printed = [], printed + 1
 
 
-def _converse(model: Llama, asker: Asker, speed: Speed) -> None:
+def _named(token: TokenLogprob) -> dict[str, Any]:
+    likeliest = [{"text": one.text, "logprob": round(one.logprob, 4)} for one in token.top]
+    return {"text": token.text, "logprob": round(token.logprob, 4)} | ({"top": likeliest} if likeliest else {})
+
+
+def _converse(engine: Engine, asker: Asker) -> None:
     """Ask for a prompt and answer it, again and again; Ctrl-C leaves an answer, Ctrl-D or Ctrl-C at the prompt ends."""
     with suppress(ImportError):
         import readline  # noqa: F401  importing it gives the prompt arrow keys and a history
@@ -314,12 +357,12 @@ def _converse(model: Llama, asker: Asker, speed: Speed) -> None:
             continue
         # Asking again draws again, and the same session gives the same answers.
         seeded = replace(asker, arguments=replace(asker.arguments, seed=asker.arguments.seed + turn))
-        turn += 1
+        turn += asker.arguments.num_samples
         try:
             if asker.arguments.num_samples == 1 and not asker.arguments.json:
-                _answer_one(model, seeded, prompt, speed)
+                _answer_one(engine, seeded, prompt)
             else:
-                _answer_all(model, seeded, [prompt], speed)
+                _answer_all(engine, seeded, [prompt])
         except KeyboardInterrupt:
             print(flush=True)
         except InputError as error:

@@ -13,7 +13,7 @@ A batch that is known beforehand is faster read as one: `generation.py`, whose s
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import Condition
@@ -218,6 +218,30 @@ class Engine:
     def cancel(self, ticket: Ticket) -> None:
         """Deliver no more of an answer; its slot is free from the next round on."""
         ticket.cancelled = True
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
+        """Answer some requests, whose number comes with each piece, in the caller's own thread.
+
+        Raises:
+            InputError, Full: see `submit`; then nothing was answered yet.
+        """
+        pieces: deque[tuple[int, Piece | Exception]] = deque()
+        tickets = []
+        try:
+            for number, request in enumerate(requests):
+                tickets.append(self.submit(request, lambda piece, number=number: pieces.append((number, piece))))
+            left = True
+            while left or pieces:
+                if not pieces:
+                    left = self.step()
+                    continue
+                number, piece = pieces.popleft()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield number, piece
+        finally:  # whoever asked may have had enough
+            for ticket in tickets:
+                self.cancel(ticket)
 
     def close(self) -> None:
         """End `run` after the round under way; whoever has no whole answer yet is told."""

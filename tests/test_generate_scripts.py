@@ -167,6 +167,24 @@ def test_quantized_base_answers_as_the_library_does(
     assert answer(checkpoint, capsys, adapter, prompt=PROMPTS[0], quantize=quantize) == f"{text}\n"
 
 
+def test_choices_logprobs_and_guesses(
+    checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (text,) = expected(checkpoint, PROMPTS[:1], "chatml", 12)
+    for draft in ("lookup", str(checkpoint)):
+        answer_prompts(AnswerArguments(
+            checkpoint_dir=checkpoint, dtype="fp32", max_new_tokens=12, prompt=PROMPTS[0], json=True, logprobs=1,
+            draft=draft,
+        ))  # fmt: skip
+        printed = capsys.readouterr()
+        row = json.loads(printed.out)
+        assert (row["prompt"], row["answer"]) == (PROMPTS[0], text)
+        assert all(one["logprob"] == one["top"][0]["logprob"] < 0 for one in row["logprobs"])  # greedy
+    assert "guessed tokens were right" in printed.err
+    options = {"prompt": PROMPTS[0], "choices": ["a mountain", "a river"], "max_new_tokens": 20}
+    assert answer(checkpoint, capsys, adapter, **options).removesuffix("\n") in options["choices"]
+
+
 def test_style_of_the_adapters_run(tmp_path: Path) -> None:
     assert adapter_style(None) is adapter_style(tmp_path) is None
     path = tmp_path / "lit_config.yaml"
@@ -185,6 +203,8 @@ def test_style_of_the_adapters_run(tmp_path: Path) -> None:
         ({"prompt": "a", "interactive": True}, "--interactive"),
         ({"prompt": "a", "style": "vicuna"}, "'vicuna' is not one of plain, "),
         ({"prompt": "a", "batch_size": 0}, "--batch_size 0"),
+        ({"prompt": "a", "logprobs": 2}, "--logprobs 2 .* --json true"),
+        ({"prompt": "a", "draft": "nowhere"}, "nowhere: no such directory"),
         ({"prompt": "a", "checkpoint_dir": Path("nowhere")}, "nowhere: no such directory"),
         ({"prompt": "a", "device": "cuda:99"}, "--device cuda:99"),
         ({"prompt": "a", "device": "abacus"}, "--device abacus"),
