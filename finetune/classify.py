@@ -22,6 +22,7 @@ from lit_llama.classification import (
     split_off,
 )
 from lit_llama.command_line import progress, run
+from lit_llama.config import Embeddings, Quantization
 from lit_llama.data.packing import TrainingWindows
 from lit_llama.data.token_store import TokenStore
 from lit_llama.files import write_json
@@ -29,7 +30,6 @@ from lit_llama.lora import LoRAConfig, adapter_parameters, inject_lora, save_ada
 from lit_llama.mlp_partition import MLPRoutingConfig, route_mlp
 from lit_llama.model import Llama
 from lit_llama.parallel import loading_device
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, RunArguments, TrainConfig, start_fabric, train
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import run
+from lit_llama.config import Embeddings, Quantization
 from lit_llama.parallel import loading_device
 from lit_llama.prompt_tuning import PrefixConfig, inject_prefix, save_prompt_tuning
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, TrainConfig, TrainingArguments, start_fabric, train
 

@@ -19,10 +19,10 @@ from lit_llama.classification import (
     read_labelled,
 )
 from lit_llama.command_line import progress, run
+from lit_llama.config import Embeddings, Quantization
 from lit_llama.errors import InputError
 from lit_llama.hardware import pick_device
 from lit_llama.lora import load_adapter
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 
 

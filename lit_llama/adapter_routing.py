@@ -12,7 +12,6 @@ Loading and selecting adapters is `adapters.py`'s, training gates `training.py`'
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,13 @@ from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.evaluation.questions import spread
 from lit_llama.evaluation.retrieval import cut_passages
+from lit_llama.generation_arguments import RouteMethod
 from lit_llama.injection.interface import Document
 from lit_llama.lora_tree import tree_layers
 from lit_llama.lora_tree_linear import LoRATreeLinear
 from lit_llama.lora_tree_routing import top_k_weights
 from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
-
-Method = Literal["embedding", "arrow", "gates"]
 
 TOP_K = {"arrow": 3, "gates": 2}
 """Adapters that a token mixes: as in PEFT, and as in the paper."""
@@ -63,7 +61,7 @@ class Router:
     """
 
     def __init__(
-        self, bank: AdapterBank, tokenizer: Tokenizer, adapters_dir: Path, method: Method, top_k: int | None = None
+        self, bank: AdapterBank, tokenizer: Tokenizer, adapters_dir: Path, method: RouteMethod, top_k: int | None = None
     ) -> None:
         self.bank, self.tokenizer, self.method = bank, tokenizer, method
         self.mixes = method != "embedding"
@@ -139,7 +137,7 @@ class FixedRoute:
 
 
 def open_route(
-    model: Llama, tokenizer: Tokenizer, adapters_dir: Path, route: str, method: Method
+    model: Llama, tokenizer: Tokenizer, adapters_dir: Path, route: str, method: RouteMethod
 ) -> Router | FixedRoute:
     """A router over all adapters in the subfolders of a folder (route "auto"), or the one that is named.
 
@@ -243,7 +241,7 @@ class TokenRouter(nn.Module):
         vectors: (experts, in); NaN for an expert that does not adapt this layer and is never taken.
     """
 
-    def __init__(self, vectors: Tensor, method: Method, top_k: int) -> None:
+    def __init__(self, vectors: Tensor, method: RouteMethod, top_k: int) -> None:
         super().__init__()
         self.method, self.top_k = method, min(top_k, len(vectors))
         self.absent = vectors.isnan().any(1)
@@ -267,7 +265,7 @@ def mixture_layers(
     model: Llama,
     factors: Mapping[str, LowRank],
     vectors: Mapping[str, Mapping[str, Tensor]],
-    method: Method,
+    method: RouteMethod,
     top_k: int,
 ) -> dict[str, LoRATreeLinear]:
     """By the name of each linear layer that some expert adapts: what computes it and each token's mixture of experts.

@@ -8,76 +8,26 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lit_llama.adapter_routing import FixedRoute, Method, Router, open_route
+from lit_llama.adapter_routing import FixedRoute, Router, open_route
 from lit_llama.batching import Engine, Piece, Request, TokenLogprob
 from lit_llama.checkpoint import existing_directory, load_model
 from lit_llama.command_line import progress
 from lit_llama.drafting import Drafter, DraftModel, check_vocabulary, look_up
 from lit_llama.errors import InputError
 from lit_llama.files import read_jsonl
-from lit_llama.generation import SamplingConfig, Speed, checked_length, prepare_to_generate
+from lit_llama.generation import Speed, checked_length, prepare_to_generate
+from lit_llama.generation_arguments import AnswerArguments, ModelArguments, RouteMethod
 from lit_llama.hardware import peak_memory_gb, pick_device, pick_dtype
 from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
 from lit_llama.prompts import STYLES, detect_style, encode_prompt, stop_strings
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
-
-
-@dataclass(kw_only=True)
-class ModelArguments(SamplingConfig):
-    """A base model, how it is held, and how it answers."""
-
-    checkpoint_dir: Path
-    """Base model, a Hugging Face directory."""
-    style: str | None = None
-    """Prompt style: plain (go on with the text), alpaca, llama2, llama3, mistral, mistral-v3, tinyllama, chatml, or
-    template (the checkpoint's own chat template). By default the one that the adapter was trained with, else what the
-    checkpoint's chat template is."""
-    system: str | None = None
-    """System message; by default the one that the adapter was trained with. "" for none."""
-    max_new_tokens: int | None = None
-    """Longest answer; by default whatever the context leaves."""
-    quantize: Quantization | None = None
-    """Store the base weights in 4 or 8 bits."""
-    embeddings: Embeddings | None = None
-    """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of weights and computation; auto: bf16 where the machine computes with it, else fp32."""
-    device: str = "auto"
-    """cpu, cuda, mps, or auto for the best there is."""
-
-
-@dataclass(kw_only=True)
-class AnswerArguments(ModelArguments):
-    """Let a base model answer: one prompt, many out of a file, standard input, or whatever you type at the terminal."""
-
-    prompt: str | None = None
-    """The prompt."""
-    prompts_file: Path | None = None
-    """Many prompts: one a line, or JSONL with "prompt" or "question"."""
-    interactive: bool = False
-    """Ask for prompts until Ctrl-D; each stands for itself."""
-    stop: str | list[str] = field(default_factory=list)
-    """A string, or a list of them, that ends an answer and is not part of it."""
-    choices: list[str] | None = None
-    """The only answers that can be given: '["yes", "no"]'."""
-    draft: str | None = None
-    """Guess the next tokens and check several at once, which changes only how long an answer takes: "lookup" looks up
-    what followed the last words before, for text that repeats its prompt; or the directory of a much smaller model with
-    the same vocabulary. For up to 4 prompts at a time."""
-    batch_size: int = 8
-    """Prompts answered at a time."""
-    json: bool = False
-    """Print JSONL, {"prompt", "answer"} a line, instead of plain answers."""
-    logprobs: int | None = None
-    """With json also "logprobs": of each token its text, ln of its probability, and these of so many likeliest."""
 
 
 def load_for_generation(
@@ -157,7 +107,7 @@ def answer_prompts(
     adapter_dir: Path | None = None,
     adapters_dir: Path | None = None,
     route: str = "auto",
-    route_by: Method = "embedding",
+    route_by: RouteMethod = "embedding",
 ) -> None:
     """Load the model and answer what was asked, as the arguments say.
 

@@ -10,16 +10,17 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
 from lit_llama.adapters import AdapterBank, load_directory
-from lit_llama.answering import ModelArguments, load_for_generation, style_and_system
+from lit_llama.answering import load_for_generation, style_and_system
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_file, refuse_overwrite
 from lit_llama.generation import Speed, encode_question, stream_text
+from lit_llama.generation_arguments import ChatArguments
 from lit_llama.model import Llama
 from lit_llama.prompts import Message, stop_strings
 from lit_llama.tokenizer import Tokenizer
@@ -35,18 +36,6 @@ HELP = """/expert NAME    who answers from now on ("base": the model without an 
 /new            begin a new conversation
 /save FILE      the conversation as JSONL, as finetuning reads it
 /quit           leave, as Ctrl-D does; Ctrl-C ends an answer"""
-
-
-@dataclass(kw_only=True)
-class ChatArguments(ModelArguments):
-    """Talk with a base model and its experts in the terminal; /help there tells what else can be done."""
-
-    adapter_dir: Path | None = None
-    """Expert, a LoRA adapter of the base."""
-    adapters_dir: Path | None = None
-    """Instead of one a folder with several, one a subfolder; the first answers until you choose another."""
-    max_new_tokens: int = 512
-    """Longest answer."""
 
 
 class Chat:

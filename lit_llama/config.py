@@ -7,10 +7,16 @@ ignored: a field that would change the computation in a way this project does no
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_llama.errors import InputError
 from lit_llama.files import read_json
+
+Quantization = Literal["nf4", "nf4-dq", "int8"]
+"""Ways to store the base weights."""
+
+Embeddings = Literal["int8", "cpu"]
+"""Other places for the embedding: 8 bits (then the head too), or the host's memory while the rest is on a GPU."""
 
 
 @dataclass

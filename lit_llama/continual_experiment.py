@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_llama.checkpoint import existing_directory
+from lit_llama.config import Embeddings, Quantization
 from lit_llama.data.corpus import CorpusOptions, prepare_corpus
 from lit_llama.data.instructions import InstructionOptions, prepare_instructions
 from lit_llama.data.mixing import MixedWindows
@@ -22,7 +23,6 @@ from lit_llama.evaluation.questions import read_questions
 from lit_llama.experiment_runs import Run, RunOptions
 from lit_llama.lora import LoRAConfig
 from lit_llama.prompts import STYLES
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.run_files import plain_arguments
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import EvalConfig, TrainConfig

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_llama.cpu_decode import cpu_decoder
 from lit_llama.errors import InputError
+from lit_llama.generation_arguments import SamplingConfig
 from lit_llama.hardware import keep_freed_memory
 from lit_llama.model import KVCache, Llama
 from lit_llama.packed_linear import pack_linear_layers
@@ -27,45 +28,6 @@ PREFILL_TOKENS = 2048
 """Prompt tokens of one forward pass, over all rows: enough for full GEMM speed, few enough to bound the activations."""
 STEP_TOKENS = 4
 """So few tokens of a row are computed as steps of generation are, more of them as a prompt."""
-
-
-@dataclass
-class SamplingConfig:
-    """How the next token is chosen; the filters are those of transformers, applied in this order."""
-
-    repetition_penalty: float = 1.0
-    """Divide positive and multiply negative logits of tokens seen so far, prompt included (Keskar et al. 2019, arXiv
-    1909.05858); 1 is off, 1.1 is mild."""
-    temperature: float = 0.0
-    """0 is greedy: the likeliest token, always. Otherwise logits are divided by it."""
-    top_k: int | None = None
-    """Keep the k likeliest tokens."""
-    top_p: float | None = None
-    """Keep the likeliest tokens that together reach this probability (Holtzman et al. 2019, arXiv 1904.09751)."""
-    min_p: float | None = None
-    """Keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082)."""
-    num_samples: int = 1
-    """Answers a prompt; it is processed once."""
-    seed: int = 0
-    """Of the random draws: the same seed, prompts and machine give the same text."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"temperature {self.temperature} is negative; 0 is greedy")
-        if self.repetition_penalty <= 0:
-            raise InputError(f"repetition_penalty {self.repetition_penalty} must be positive; 1 is off")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k {self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p} is not in (0, 1]")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p {self.min_p} is not in [0, 1]")
-        if self.num_samples < 1:
-            raise InputError(f"num_samples {self.num_samples} must be at least 1")
-        if self.num_samples > 1 and self.temperature == 0:
-            raise InputError(
-                f"num_samples {self.num_samples} with temperature 0 would repeat one answer; raise temperature"
-            )
 
 
 GREEDY = SamplingConfig()

@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.command_line import progress
+from lit_llama.config import Embeddings, Quantization
 from lit_llama.errors import InputError
 from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter, stack_lora, trained_summary
 from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree, tree_summary
@@ -19,7 +20,6 @@ from lit_llama.merging import write_merged_checkpoint
 from lit_llama.model import Llama
 from lit_llama.parallel import loading_device
 from lit_llama.prompts import detect_style, write_chat_template
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.training import RunArguments, TrainingArguments
 
 Save = Callable[[Path], None]

@@ -14,20 +14,15 @@ import logging
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lit_llama.config import Quantization
 from lit_llama.errors import InputError
-
-Quantization = Literal["nf4", "nf4-dq", "int8"]
-"""Ways to store the base weights."""
-
-Embeddings = Literal["int8", "cpu"]
-"""Other places for the embedding: 8 bits (then the head too), or the host's memory while the rest is on a GPU."""
 
 _NF4_BLOCK = 64
 _SCALES_BLOCK = 256

@@ -20,6 +20,7 @@ from benchmark_contestants import Shape, own_model
 from lit_llama.adapter_files import PEFT_PREFIX, write_adapter
 from lit_llama.adapters import AdapterBank
 from lit_llama.command_line import progress, run
+from lit_llama.config import Quantization
 from lit_llama.errors import InputError
 from lit_llama.files import refuse_overwrite, write_json
 from lit_llama.generation import Speed, generate_stream
@@ -27,7 +28,6 @@ from lit_llama.hardware import peak_memory_gb, pick_device, run_environment
 from lit_llama.lora import LINEAR_NAMES
 from lit_llama.model import Llama
 from lit_llama.packed_linear import pack_linear_layers
-from lit_llama.quantization import Quantization
 
 
 def main(

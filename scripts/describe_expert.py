@@ -10,11 +10,11 @@ from typing import Literal
 from lit_llama.adapter_routing import EMBEDDING_FILE, write_embedding
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import progress, run
+from lit_llama.config import Quantization
 from lit_llama.errors import InputError
 from lit_llama.files import refuse_overwrite
 from lit_llama.hardware import pick_device, pick_dtype
 from lit_llama.injection.preparation import read_documents
-from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import Tokenizer
 
 

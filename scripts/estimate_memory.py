@@ -13,12 +13,11 @@ import torch
 
 from lit_llama.activations import ActivationConfig
 from lit_llama.command_line import run
-from lit_llama.config import LlamaConfig
+from lit_llama.config import Embeddings, LlamaConfig, Quantization
 from lit_llama.errors import InputError
 from lit_llama.hardware import peak_memory_gb
 from lit_llama.lora import LoRAConfig
 from lit_llama.memory_estimate import TrainingSetup, estimate_memory, fitting_setups, longest_sequence
-from lit_llama.quantization import Embeddings, Quantization
 
 
 def main(

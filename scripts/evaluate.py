@@ -10,6 +10,7 @@ import torch
 from lit_llama.answering import adapter_style, adapter_system
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import counted, run
+from lit_llama.config import Embeddings, Quantization
 from lit_llama.data.packing import TrainingWindows
 from lit_llama.errors import InputError
 from lit_llama.evaluation.perplexity import open_texts, score_texts
@@ -26,7 +27,6 @@ from lit_llama.hardware import peak_memory_gb, pick_device, run_environment
 from lit_llama.lora import load_adapter
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import detect_style
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 
 

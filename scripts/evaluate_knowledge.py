@@ -11,6 +11,7 @@ import torch
 from lit_llama.answering import adapter_style, adapter_system
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import counted, progress, run
+from lit_llama.config import Embeddings, Quantization
 from lit_llama.data.packing import TrainingWindows
 from lit_llama.errors import InputError
 from lit_llama.evaluation.knowledge import (
@@ -35,7 +36,6 @@ from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import detect_style
-from lit_llama.quantization import Embeddings, Quantization
 from lit_llama.tokenizer import Tokenizer
 
 Rows = list[dict[str, Any]]

@@ -10,9 +10,9 @@ from pathlib import Path
 from lit_llama.adapter_routing import GATES_FILE, inject_gates, write_gates
 from lit_llama.checkpoint import load_model
 from lit_llama.command_line import run
+from lit_llama.config import Quantization
 from lit_llama.files import refuse_overwrite
 from lit_llama.parallel import loading_device
-from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Corpus, TrainConfig, TrainingArguments, start_fabric, train
 

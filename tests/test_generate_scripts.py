@@ -2,11 +2,13 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 
 from lit_llama.answering import AnswerArguments, adapter_style, answer_prompts, read_prompts
 from lit_llama.checkpoint import load_model, save_checkpoint
@@ -183,6 +185,15 @@ def test_choices_logprobs_and_guesses(
     assert "guessed tokens were right" in printed.err
     options = {"prompt": PROMPTS[0], "choices": ["a mountain", "a river"], "max_new_tokens": 20}
     assert answer(checkpoint, capsys, adapter, **options).removesuffix("\n") in options["choices"]
+
+
+@pytest.mark.parametrize("script", ["base", "lora", "chat"])
+def test_help_does_not_wait_for_torch(script: str) -> None:
+    command = [sys.executable, "-X", "importtime", ROOT / "generate" / f"{script}.py", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--checkpoint_dir" in process.stdout and "Base model, a Hugging Face directory." in process.stdout
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "jsonargparse" in imported and "torch" not in imported
 
 
 def test_style_of_the_adapters_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.finetune.runs import Run, complete
-from lit_llama.adapter_routing import EMBEDDING_FILE, GATES_FILE, Method, Router, write_embedding
+from lit_llama.adapter_routing import EMBEDDING_FILE, GATES_FILE, Router, write_embedding
 from lit_llama.adapters import AdapterBank
 from lit_llama.answering import adapter_style, adapter_system
 from lit_llama.checkpoint import load_model
@@ -26,6 +26,7 @@ from lit_llama.command_line import counted, progress, run
 from lit_llama.errors import InputError
 from lit_llama.evaluation.questions import evaluate_answers, read_questions, spread, wilson_interval
 from lit_llama.files import write_json
+from lit_llama.generation_arguments import RouteMethod
 from lit_llama.hardware import pick_device, pick_dtype, run_environment
 from lit_llama.injection.preparation import read_documents
 from lit_llama.prompts import detect_style
@@ -50,7 +51,7 @@ def main(
     *,
     checkpoint_dir: Path,
     domains: dict[str, Domain],
-    methods: list[Method] | None = None,
+    methods: list[RouteMethod] | None = None,
     work_dir: Path = Path("out/benchmark-routing"),
     out: Path | None = None,
     without_splits: list[str] | None = None,

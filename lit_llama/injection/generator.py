@@ -18,6 +18,7 @@ import torch
 
 from lit_llama.checkpoint import existing_directory, fingerprint, load_model
 from lit_llama.command_line import progress
+from lit_llama.config import Quantization
 from lit_llama.errors import InputError
 from lit_llama.generation import SamplingConfig, stream_text
 from lit_llama.hardware import pick_dtype
@@ -27,7 +28,6 @@ from lit_llama.lora import load_adapter
 from lit_llama.model import Llama
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import STYLES, detect_style, encode_prompt, stop_strings
-from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import Tokenizer
 
 GREEDY_TASKS = ("question", "answer", "closure")
