@@ -1,6 +1,6 @@
 """A conversation in the terminal with a base model and its experts: history, commands, two answers side by side.
 
-What the model says goes to stdout, everything else to stderr. How an answer comes about is `generation.py`, how a
+What the model says goes to stdout, everything else to stderr. How an answer comes about is `batching.py`, how a
 conversation is dressed `prompts.py`, how experts share a base `adapters.py`.
 """
 
@@ -9,17 +9,18 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
 from lit_llama.adapters import AdapterBank, load_directory
 from lit_llama.answering import load_for_generation, style_and_system
+from lit_llama.batching import Engine, Request
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_file, refuse_overwrite
-from lit_llama.generation import Speed, encode_question, stream_text
+from lit_llama.generation import Speed, encode_question
 from lit_llama.generation_arguments import ChatArguments
 from lit_llama.model import Llama
 from lit_llama.prompts import Message, stop_strings
@@ -48,6 +49,8 @@ class Chat:
         self.arguments = arguments
         self.directories: dict[str, Path] = {}
         self.model, self.tokenizer = load_for_generation(arguments, self._load_experts)
+        # Room for the conversation beside what /compare asks: a question goes on behind what was read of it.
+        self.engine = Engine(self.model, self.tokenizer, slots=3)
         self.expert = next(iter(self.directories), BASE)
         self.system = arguments.system
         self.messages: list[Message] = []
@@ -114,17 +117,17 @@ class Chat:
     def _answer(self, question: str) -> None:
         """Stream an answer; what was said of it counts, even if Ctrl-C ends it."""
         messages = [*self.messages, {"role": "user", "content": question}]
-        answer, speed = "", Speed()
+        answer, self.engine.speed = "", Speed()
         try:
-            for _, text in self._stream([(self.expert, messages)], speed):
+            for _, text in self._stream([(self.expert, messages)]):
                 text = text if answer else text.lstrip()
                 print(text, end="", flush=True)
                 answer += text
         except KeyboardInterrupt:
             pass
         print(flush=True)
-        if speed.new_tokens:
-            progress(f"[{self.expert}, {speed.decode_rate:.0f} tokens/s]")
+        if self.engine.speed.new_tokens:
+            progress(f"[{self.expert}, {self.engine.speed.decode_rate:.0f} tokens/s]")
         self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
         self.turn += 1
 
@@ -139,7 +142,7 @@ class Chat:
             raise InputError("/compare needs an expert beside the base: /expert NAME")
         messages = [{"role": "user", "content": question}]
         answers = ["", ""]
-        for row, text in self._stream([(BASE, messages), (self.expert, messages)], Speed()):
+        for row, text in self._stream([(BASE, messages), (self.expert, messages)]):
             answers[row] += text
         width = shutil.get_terminal_size().columns
         titles = (BASE, self.expert)
@@ -153,22 +156,27 @@ class Chat:
         for one, other in zip_longest(left, right, fillvalue=""):
             print(f"{one:<{column}} | {other}".rstrip())
 
-    def _stream(self, asked: list[tuple[str, list[Message]]], speed: Speed) -> Iterator[tuple[int, str]]:
+    def _stream(self, asked: list[tuple[str, list[Message]]]) -> Iterator[tuple[int, str]]:
         """Answers to conversations, a row each, by the experts named with them."""
-        arguments, stops, prompts = self.arguments, [], []
+        arguments, requests = self.arguments, []
+        # Asking again draws again, and the same conversation gives the same answers.
+        sampling = replace(arguments, seed=arguments.seed + self.turn)
         for expert, messages in asked:
             style, system = style_and_system(arguments, self.directories.get(expert))
             system = system if self.system is None else self.system
-            prompts.append(self._fitting(style, system, messages))
-            stops += [stop for stop in stop_strings(style) if stop not in stops]
-        names = [None if expert == BASE else expert for expert, _ in asked]
-        bank: AdapterBank | None = getattr(self.model, "adapter_bank", None)
-        # Asking again draws again, and the same conversation gives the same answers.
-        sampling = replace(arguments, seed=arguments.seed + self.turn)
-        with nullcontext() if bank is None else bank.using(names):
-            yield from stream_text(
-                self.model, self.tokenizer, prompts, arguments.max_new_tokens, sampling, stops, speed
+            prompt = self._fitting(style, system, messages)
+            adapter = None if expert == BASE else expert
+            requests.append(
+                Request(
+                    prompt=prompt,
+                    max_new_tokens=arguments.max_new_tokens,
+                    sampling=sampling,
+                    stop=stop_strings(style),
+                    adapter=adapter,
+                )
             )
+        for row, piece in self.engine.answer(requests):
+            yield row, piece.text
 
     def _fitting(self, style: str, system: str | None, messages: list[Message]) -> list[int]:
         """Ids of a conversation without the oldest turns that leave no room for an answer."""

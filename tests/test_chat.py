@@ -69,6 +69,11 @@ def test_answers_follow_the_history_and_the_expert(
     assert chat.messages == said
     chat.respond("/undo")
     assert chat.messages == said[:-2]
+    # What was said before is not read again: no more than the last answer, whose tokens may be cut otherwise, and this.
+    chat.respond("/expert tax"), chat.respond("/new"), chat.respond("Who pays, and for whom does the law say so?")
+    read = chat.engine.speed.prompt_tokens
+    chat.respond("Why?")
+    assert read > 30 and chat.engine.speed.prompt_tokens < 35
     chat.respond("/new")
     assert chat.messages == []
 
