@@ -1,8 +1,12 @@
 """Fixtures: a tiny Llama checkpoint written by transformers, and a way to run the project's scripts as a user does."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,14 +82,32 @@ def write_tiny_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+@cache
+def warm_python() -> Path:
+    """A `python` whose processes begin with torch imported, see `warm_python.py`; it is there until the tests end."""
+    directory = Path(tempfile.mkdtemp(prefix="warm-python-"))
+    program, address = Path(__file__).with_name("warm_python.py"), directory / "socket"
+    command = [sys.executable, program, "serve", address]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    atexit.register(lambda: (server.kill(), shutil.rmtree(directory)))
+    if server.stdout.readline() != b"ready\n":
+        raise RuntimeError(f"{program} did not start")
+    client = f'WARM_PYTHON="{address}" exec "{sys.executable}" -S -E -s "{program}" "$@"'
+    (directory / "python").write_text(f"#!/bin/sh\n{client}\n")
+    (directory / "python").chmod(0o755)
+    return directory / "python"
+
+
 def run_script(script: str, *arguments: object, check: bool = True, **options: object) -> subprocess.CompletedProcess:
     """Run `python script --name value ...` from the project's root and return the finished process, output as text."""
+    env = options.pop("env", {})
     process = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        # What the interpreter reads when it starts needs one that starts.
+        [sys.executable if "PYTHONPATH" in env else warm_python(), str(ROOT / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=options.pop("cwd", ROOT),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         **options,
     )
     if check and process.returncode:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, warm_python
 
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md"))) if path.is_file()]
 SCRIPT_FOLDERS = ("scripts", "pretrain", "finetune", "generate", "benchmarks")
@@ -109,6 +109,7 @@ def test_commands_run(page: Path, workplace: Path, tmp_path: Path):
     shutil.copytree(workplace, directory, symlinks=True)
     if page.stem == "README":
         write_demo(directory)
+    python = warm_python()
     script = ["set -e -o pipefail", "trap 'echo \"failed: $BASH_COMMAND\" >&2' ERR"]
     for command in commands(page):
         for path in re.findall(r"\bpython (\S+\.py)\b", command):
@@ -122,8 +123,9 @@ def test_commands_run(page: Path, workplace: Path, tmp_path: Path):
     process = subprocess.run(
         ["bash", "-c", "\n".join(script)],
         cwd=directory,
-        # `python` is the interpreter of this test, as it is the environment's for a reader who has activated it.
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        # `python` is this test's, as it is the environment's for a reader who has activated it.
+        env={**os.environ, "PATH": f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
