@@ -1,7 +1,8 @@
-"""What generate/base.py and generate/lora.py share: where prompts come from, how answers are printed, what is measured.
+"""What the scripts of generate/ share: how a model and its experts are loaded, where prompts come from, how answers are
+printed, what is measured.
 
-Only answers go to stdout. How tokens come about is `generation.py`; how a prompt is dressed is `prompts.py`; which of
-several adapters answers is `adapter_routing.py`.
+Only answers go to stdout. How tokens come about is `batching.py` and `generation.py`; how a prompt is dressed is
+`prompts.py`; which of several adapters answers is `adapter_routing.py`.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lit_llama.adapter_routing import FixedRoute, Router, open_route
+from lit_llama.adapters import AdapterBank, load_directory
 from lit_llama.batching import Engine, Piece, Request, TokenLogprob
 from lit_llama.checkpoint import existing_directory, load_model
 from lit_llama.command_line import progress
@@ -29,6 +31,9 @@ from lit_llama.model import Llama
 from lit_llama.prompts import STYLES, detect_style, encode_prompt, stop_strings
 from lit_llama.tokenizer import Tokenizer
 
+BASE = "base"
+"""What the model without an adapter is called, where there are several to talk with."""
+
 
 def load_for_generation(
     arguments: ModelArguments, put_on: Callable[[Llama, Tokenizer], None]
@@ -41,6 +46,26 @@ def load_for_generation(
     put_on(model, tokenizer)
     prepare_to_generate(model.eval())
     return model, tokenizer
+
+
+def load_experts(model: Llama, adapter_dir: Path | None, adapters_dir: Path | None) -> dict[str, Path]:
+    """Put one adapter, or all in the subfolders of a folder, into a bank on the model; their directories by name.
+
+    Raises:
+        InputError: see `adapters.load_directory`; or one has the name of the base.
+    """
+    experts: dict[str, Path] = {}
+    if adapters_dir is not None:
+        bank, errors = load_directory(model, adapters_dir)
+        for name, error in errors.items():
+            progress(f"without {name}: {error}")
+        experts = {name: adapters_dir / name for name in bank.names}
+    elif adapter_dir is not None:
+        experts = {adapter_dir.resolve().name: adapter_dir}
+        AdapterBank(model).load(*experts, adapter_dir)
+    if BASE in experts:
+        raise InputError(f"an adapter's folder is called {BASE!r}, as the model without one is here: rename it")
+    return experts
 
 
 class Asked(NamedTuple):

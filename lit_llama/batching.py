@@ -216,8 +216,11 @@ class Engine:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Deliver no more of an answer; its slot is free from the next round on."""
-        ticket.cancelled = True
+        """Deliver no more of an answer; its slot is free from the next round on, a place among the waiting at once."""
+        with self._changed:
+            ticket.cancelled = True
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
         """Answer some requests, whose number comes with each piece, in the caller's own thread.
@@ -289,8 +292,6 @@ class Engine:
         if not free:
             return False
         with self._changed:
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft()
             if not self._waiting:
                 return False
             ticket = self._waiting.popleft()

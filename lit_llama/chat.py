@@ -14,20 +14,14 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
-from lit_llama.adapters import AdapterBank, load_directory
-from lit_llama.answering import load_for_generation, style_and_system
+from lit_llama.answering import BASE, load_experts, load_for_generation, style_and_system
 from lit_llama.batching import Engine, Request
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_file, refuse_overwrite
 from lit_llama.generation import Speed, encode_question
 from lit_llama.generation_arguments import ChatArguments
-from lit_llama.model import Llama
 from lit_llama.prompts import Message, stop_strings
-from lit_llama.tokenizer import Tokenizer
-
-BASE = "base"
-"""What the model without an adapter is called."""
 
 HELP = """/expert NAME    who answers from now on ("base": the model without an adapter)
 /experts        who there is
@@ -43,32 +37,21 @@ class Chat:
     """One conversation, and who answers in it."""
 
     def __init__(self, arguments: ChatArguments) -> None:
-        if arguments.adapter_dir is not None and arguments.adapters_dir is not None:
-            raise InputError("--adapter_dir and --adapters_dir are both given: choose one")
         style_and_system(arguments, arguments.adapter_dir)  # what is wrong with them is said before the model is loaded
         self.arguments = arguments
         self.directories: dict[str, Path] = {}
-        self.model, self.tokenizer = load_for_generation(arguments, self._load_experts)
+        self.model, self.tokenizer = load_for_generation(
+            arguments,
+            lambda model, _: self.directories.update(
+                load_experts(model, arguments.adapter_dir, arguments.adapters_dir)
+            ),
+        )
         # Room for the conversation beside what /compare asks: a question goes on behind what was read of it.
         self.engine = Engine(self.model, self.tokenizer, slots=3)
         self.expert = next(iter(self.directories), BASE)
         self.system = arguments.system
         self.messages: list[Message] = []
         self.turn = 0
-
-    def _load_experts(self, model: Llama, tokenizer: Tokenizer) -> None:
-        arguments = self.arguments
-        if arguments.adapters_dir is not None:
-            bank, errors = load_directory(model, arguments.adapters_dir)
-            for name, error in errors.items():
-                progress(f"without {name}: {error}")
-            self.directories = {name: arguments.adapters_dir / name for name in bank.names}
-        elif arguments.adapter_dir is not None:
-            name = arguments.adapter_dir.resolve().name
-            AdapterBank(model).load(name, arguments.adapter_dir)
-            self.directories = {name: arguments.adapter_dir}
-        if BASE in self.directories:
-            raise InputError(f"an adapter's folder is called {BASE!r}, as the model without one is here: rename it")
 
     def respond(self, line: str) -> bool:
         """Do what a line says, or answer it; false when it ends the conversation.

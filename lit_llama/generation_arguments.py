@@ -120,12 +120,50 @@ class ExpertArguments(AnswerArguments):
 
 
 @dataclass(kw_only=True)
-class ChatArguments(ModelArguments):
-    """Talk with a base model and its experts in the terminal; /help there tells what else can be done."""
+class TalkArguments(ModelArguments):
+    """A base model and its experts, all at hand at once."""
 
     adapter_dir: Path | None = None
     """Expert, a LoRA adapter of the base."""
     adapters_dir: Path | None = None
-    """Instead of one a folder with several, one a subfolder; the first answers until you choose another."""
+    """Instead of one a folder with several, one a subfolder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_dir is not None and self.adapters_dir is not None:
+            raise InputError("--adapter_dir and --adapters_dir are both given: choose one")
+
+
+@dataclass(kw_only=True)
+class ChatArguments(TalkArguments):
+    """Talk with a base model and its experts in the terminal, of several with the first until you choose another; /help
+    there tells what else can be done."""
+
     max_new_tokens: int = 512
     """Longest answer."""
+
+
+@dataclass(kw_only=True)
+class ServeArguments(TalkArguments):
+    """Serve a base model and its experts over HTTP, as OpenAI's API; sampling options are what requests leave open."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for all of this machine."""
+    port: int = 8000
+    """0 for any that is free."""
+    api_key: str | None = None
+    """Token that clients must send; by default what the environment variable LIT_LLAMA_API_KEY says, else none."""
+    max_new_tokens: int = 1024
+    """Longest answer; a request may ask for less."""
+    max_length: int | None = None
+    """Longest prompt and answer together, in tokens; by default the model's context."""
+    slots: int = 16
+    """Answers at a time."""
+    max_waiting: int = 256
+    """Answers that wait for a slot; a request beyond them gets status 429."""
+    max_body_bytes: int = 1_000_000
+    """Longest body of a request."""
+    timeout: float = 300
+    """Seconds that a request may take, waiting included."""
+    grace: float = 30
+    """Seconds that requests under way get to finish when the server is told to end."""

@@ -326,6 +326,7 @@ def test_cancelling_frees_the_slot_and_delivers_no_more(model: Llama, tokenizer:
     engine.step()
     assert (engine.running, engine.waiting) == (1, 2)
     engine.cancel(tickets[0]), engine.cancel(tickets[1])
+    assert engine.waiting == 1
     count = len(answers[0].pieces)
     while engine.step():
         pass

@@ -187,7 +187,7 @@ def test_choices_logprobs_and_guesses(
     assert answer(checkpoint, capsys, adapter, **options).removesuffix("\n") in options["choices"]
 
 
-@pytest.mark.parametrize("script", ["base", "lora", "chat"])
+@pytest.mark.parametrize("script", ["base", "lora", "chat", "serve"])
 def test_help_does_not_wait_for_torch(script: str) -> None:
     command = [sys.executable, "-X", "importtime", ROOT / "generate" / f"{script}.py", "--help"]
     process = subprocess.run(command, capture_output=True, text=True, check=True)

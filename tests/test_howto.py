@@ -110,7 +110,11 @@ def test_commands_run(page: Path, workplace: Path, tmp_path: Path):
     if page.stem == "README":
         write_demo(directory)
     python = warm_python()
-    script = ["set -e -o pipefail", "trap 'echo \"failed: $BASH_COMMAND\" >&2' ERR"]
+    script = [
+        "set -e -o pipefail",
+        "trap 'echo \"failed: $BASH_COMMAND\" >&2' ERR",
+        "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT",
+    ]
     for command in commands(page):
         for path in re.findall(r"\bpython (\S+\.py)\b", command):
             assert (ROOT / path).is_file(), f"{page.name}: {command}: there is no {path}"
