@@ -85,6 +85,7 @@ def run(arguments: list[str], cwd: str, env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     sys.orig_argv = [sys.executable, *arguments]
+    sys.executable = os.path.join(os.path.dirname(env["WARM_PYTHON"]), "python")  # scripts that start others
     status = 0
     try:
         if arguments[0] == "-m":
