@@ -113,3 +113,18 @@ def run_script(script: str, *arguments: object, check: bool = True, **options: o
     if check and process.returncode:
         raise AssertionError(f"{script} left with {process.returncode}\n{process.stdout}\n{process.stderr}")
     return process
+
+
+def write_adapters(checkpoint: Path, folder: Path, *names: str) -> Path:
+    """LoRA adapters that change what the model says, one a subfolder of `folder`."""
+    from lit_llama.checkpoint import load_model
+    from lit_llama.lora import LoRAConfig, inject_lora, lora_layers, save_adapter
+
+    for seed, name in enumerate(names):
+        model = load_model(checkpoint, torch.float32)
+        inject_lora(model, LoRAConfig(r=4))
+        torch.manual_seed(seed)
+        for _, layer in lora_layers(model):
+            torch.nn.init.normal_(layer.lora_B, std=0.3)
+        save_adapter(model, folder / name, base_model=str(checkpoint))
+    return folder

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import write_adapters
 from scipy.stats import chisquare
 
 from lit_llama.adapters import load_directory
@@ -19,7 +20,6 @@ from lit_llama.config import LlamaConfig
 from lit_llama.drafting import DraftModel, check_vocabulary, look_up
 from lit_llama.errors import InputError, RunError
 from lit_llama.generation import SamplingConfig, generate, prepare_to_generate, stream_text
-from lit_llama.lora import LoRAConfig, inject_lora, lora_layers, save_adapter
 from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree
 from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
@@ -47,15 +47,7 @@ def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two adapters that change what is said."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("lakes", "rivers")):
-        model = load_model(checkpoint, torch.float32)
-        inject_lora(model, LoRAConfig(r=4))
-        torch.manual_seed(seed)
-        for _, layer in lora_layers(model):
-            torch.nn.init.normal_(layer.lora_B, std=0.3)
-        save_adapter(model, folder / name)
-    return folder
+    return write_adapters(checkpoint, tmp_path_factory.mktemp("adapters"), "lakes", "rivers")
 
 
 @pytest.fixture(params=["decoder", "model"])

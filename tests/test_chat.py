@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script, write_adapters
 
 from lit_llama.chat import Chat, ChatArguments, wrapped
 from lit_llama.checkpoint import load_model
 from lit_llama.errors import InputError
 from lit_llama.generation import answer_questions
-from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
+from lit_llama.lora import load_adapter
 from lit_llama.tokenizer import Tokenizer
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -19,15 +19,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def experts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("experts")
-    for seed, name in enumerate(("law", "tax")):
-        model = load_model(tiny_checkpoint, torch.float32)
-        inject_lora(model, LoRAConfig(r=4))
-        torch.manual_seed(seed)
-        for _, layer in lora_layers(model):
-            torch.nn.init.normal_(layer.lora_B, std=0.3)
-        save_adapter(model, directory / name, base_model=str(tiny_checkpoint))
-    return directory
+    return write_adapters(tiny_checkpoint, tmp_path_factory.mktemp("experts"), "law", "tax")
 
 
 @pytest.fixture

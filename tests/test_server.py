@@ -18,12 +18,12 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, warm_python, write_adapters
 
 from lit_llama.checkpoint import load_model
 from lit_llama.errors import InputError
 from lit_llama.generation import answer_questions
-from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
+from lit_llama.lora import load_adapter
 from lit_llama.server import ServeArguments, serve
 from lit_llama.tokenizer import Tokenizer
 
@@ -34,14 +34,7 @@ SYSTEM = "Answer like a judge."
 
 @pytest.fixture(scope="module")
 def experts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("experts")
-    for seed, name in enumerate(("law", "tax")):
-        model = load_model(tiny_checkpoint, torch.float32)
-        inject_lora(model, LoRAConfig(r=4))
-        torch.manual_seed(seed)
-        for _, layer in lora_layers(model):
-            torch.nn.init.normal_(layer.lora_B, std=0.3)
-        save_adapter(model, directory / name, base_model=str(tiny_checkpoint))
+    directory = write_adapters(tiny_checkpoint, tmp_path_factory.mktemp("experts"), "law", "tax")
     (directory / "tax/lit_config.yaml").write_text(f"eval: {{probe_style: chatml, probe_system: {SYSTEM}}}\n")
     return directory
 
@@ -52,7 +45,7 @@ def serving(
 ) -> Iterator[tuple[str, subprocess.Popen, list[str]]]:
     """A server on a free port: its address, its process, and what it says on stderr, line by line."""
     command = [
-        sys.executable,
+        warm_python(),
         "generate/serve.py",
         "--checkpoint_dir",
         checkpoint,

@@ -4,7 +4,7 @@
     WARM_PYTHON=SOCKET python tests/warm_python.py SCRIPT ARGUMENTS ...
     WARM_PYTHON=SOCKET python tests/warm_python.py -m MODULE ARGUMENTS ...
 
-The second and third behave as `python` does: arguments, working directory, environment, standard streams, exit status.
+The others behave as `python` does: arguments, working directory, environment, standard streams, signals, exit status.
 Nothing of the project is imported beforehand. Of the seconds that a script takes on a tiny model nearly all are the
 imports, and tests run hundreds of them.
 """
@@ -33,7 +33,10 @@ def ask(arguments: list[str]) -> None:
     request = json.dumps({"arguments": arguments, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
     socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
     connection.sendall(request)
-    status = os.waitstatus_to_exitcode(int(connection.recv(16)))
+    child = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os.kill(child, number))
+    status = os.waitstatus_to_exitcode(int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big"))
     if status < 0:
         os.kill(os.getpid(), -status)
     sys.exit(status)
@@ -72,10 +75,11 @@ def answer(connection: socket.socket) -> None:
         run(**request)
     for stream in streams:
         os.close(stream)
+    connection.sendall(child.to_bytes(8, "big"))
     ended = os.pidfd_open(child)
     if ended not in select.select([ended, connection], [], [])[0]:
         os.kill(child, signal.SIGKILL)
-    connection.sendall(str(os.waitpid(child, 0)[1]).encode())
+    connection.sendall(os.waitpid(child, 0)[1].to_bytes(8, "big"))
     os._exit(0)
 
 
