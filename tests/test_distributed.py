@@ -4,13 +4,12 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, warm_python
 from distributed_worker import run_all
 from safetensors.torch import load_file
 
@@ -98,7 +97,7 @@ def launch(commands: list[tuple[str, dict[str, str]]], directory: Path) -> str:
     """Run commands in two processes; returns what they wrote to stderr."""
     specification = directory / "two.json"
     specification.write_text(json.dumps(commands))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.run(
         [*torchrun, ROOT / "tests/distributed_worker.py", specification],
         cwd=ROOT,

@@ -6,13 +6,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, run_script
+from conftest import ROOT, TEXT, run_script, warm_python
 from distributed_worker import run_all
 from safetensors.torch import load_file
 
@@ -233,7 +232,7 @@ def test_two_processes_learn_what_one_learns(tiny_checkpoint: Path, store: Path,
         )
     ]
     (tmp_path / "two.json").write_text(json.dumps(two))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.run(
         [*torchrun, ROOT / "tests/distributed_worker.py", tmp_path / "two.json"],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
