@@ -111,6 +111,8 @@ class Ticket:
         self.sampler = Sampler(request.sampling, [self.prompt], model.config.vocab_size, model.model.norm.weight.device)
         self.stream = TextStream(tokenizer, request.stop)
         self.choices = None if request.choices is None else Choices(tokenizer, request.choices)
+        # Whose token is the likeliest, which is found for all rows at once.
+        self.greedy = (request.sampling.temperature, request.sampling.repetition_penalty, self.choices) == (0, 1, None)
         self.drafter: Drafter | None = engine.make_drafter and engine.make_drafter()
 
 
@@ -334,7 +336,7 @@ class Engine:
             self._reading = None
             self._move(slot, self._running)
             self._running += 1
-            if self._draw(ticket, logits):
+            if self._draw(ticket, logits, int(logits.argmax())):
                 self._release(slot)
         self.speed.prompt_tokens += len(piece)
         self.speed.prefill_seconds += time.perf_counter() - clock
@@ -359,13 +361,15 @@ class Engine:
                 slot.tokens = []
                 self._release(slot)
             return
+        likeliest = logits.argmax(dim=-1).tolist()
         drawn, finished = 0, []
-        for slot, guess, of_row in zip(rows, guesses, logits, strict=True):
+        for row, (slot, guess) in enumerate(zip(rows, guesses, strict=True)):
             ticket = slot.ticket
             slot.last_used = self._round
             for at in range(1 + len(guess)):
                 slot.tokens.append(ticket.pending)
-                ended, drawn = self._draw(ticket, of_row[at : at + 1]), drawn + 1
+                ended = self._draw(ticket, logits[row, at : at + 1], likeliest[row][at])
+                drawn += 1
                 if ended:
                     finished.append(slot)
                 if ended or at == len(guess) or ticket.pending != guess[at]:
@@ -390,11 +394,14 @@ class Engine:
             guesses.append(ticket.drafter([*slot.tokens, ticket.pending], most) if most > 0 else [])
         return guesses
 
-    def _draw(self, ticket: Ticket, logits: Tensor) -> bool:
+    def _draw(self, ticket: Ticket, logits: Tensor, likeliest: int) -> bool:
         """Draw a token from logits (1, vocab) and deliver what it makes certain; whether the answer ends with it."""
-        request, logits = ticket.request, logits.float()
-        restricted = logits if ticket.choices is None else ticket.choices.restrict(logits)
-        ticket.pending = token_id = int(ticket.sampler.draw(restricted))
+        request, token_id = ticket.request, likeliest
+        if not ticket.greedy:
+            logits = logits.float()
+            restricted = logits if ticket.choices is None else ticket.choices.restrict(logits)
+            token_id = int(ticket.sampler.draw(restricted))
+        ticket.pending = token_id
         if token_id in self.tokenizer.stop_ids:
             self._deliver(ticket, Piece(ticket.stream.flush(), finish_reason="stop"))
             return True
@@ -413,7 +420,7 @@ class Engine:
         return reason is not None
 
     def _logprob(self, logits: Tensor, token_id: int, top: int) -> TokenLogprob:
-        logprobs = logits.log_softmax(dim=-1)
+        logprobs = logits.float().log_softmax(dim=-1)
 
         def named(token_id: int, *rest: tuple[TokenLogprob, ...]) -> TokenLogprob:
             data = self.tokenizer.bytes_of(token_id)

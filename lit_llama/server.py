@@ -7,6 +7,7 @@ imported only when a server starts, because FastAPI is.
 import ipaddress
 import os
 import socket
+import sys
 import threading
 import traceback
 from pathlib import Path
@@ -66,6 +67,8 @@ def serve(arguments: ServeArguments) -> None:
             failure.append(error)
             server.should_exit = server.force_exit = True  # whoever watches over the process starts it anew
 
+    # The engine gives the interpreter up in every step; 5 ms, as usual, would be long to wait for it again.
+    sys.setswitchinterval(5e-4)
     thread = threading.Thread(target=work, name="engine")
     thread.start()
     try:
