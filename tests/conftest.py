@@ -102,8 +102,12 @@ def run_script(script: str, *arguments: object, check: bool = True, **options: o
     """Run `python script --name value ...` from the project's root and return the finished process, output as text."""
     env = options.pop("env", {})
     process = subprocess.run(
-        # What the interpreter reads when it starts needs one that starts.
-        [sys.executable if "PYTHONPATH" in env else warm_python(), str(ROOT / script), *map(str, arguments)],
+        # What the interpreter or a library reads when it starts needs one that starts.
+        [
+            sys.executable if env.keys() - {"OMP_NUM_THREADS"} else warm_python(),
+            str(ROOT / script),
+            *map(str, arguments),
+        ],
         capture_output=True,
         text=True,
         cwd=options.pop("cwd", ROOT),

@@ -13,7 +13,6 @@ from torch import nn
 
 from benchmarks.experts.routing import Domain
 from benchmarks.experts.routing import main as routing_benchmark
-from generate.lora import Arguments as GenerateArguments
 from generate.lora import main as generate_lora
 from lit_llama.adapter_routing import (
     Router,
@@ -34,6 +33,7 @@ from lit_llama.config import LlamaConfig
 from lit_llama.data.token_store import TokenStoreWriter
 from lit_llama.errors import InputError
 from lit_llama.generation import generate, prepare_to_generate
+from lit_llama.generation_arguments import ExpertArguments
 from lit_llama.injection.interface import Document
 from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
 from lit_llama.lora_tree import tree_layers
@@ -369,7 +369,7 @@ def test_files_of_another_base_or_another_adapter_are_refused(checkpoint: Path, 
 def test_one_adapter_or_a_folder_of_them_but_not_both(checkpoint: Path, library: Path) -> None:
     for given in ({}, {"adapter_dir": library / "law", "adapters_dir": library}):
         with pytest.raises(InputError, match="give --adapter_dir, one adapter, or --adapters_dir"):
-            generate_lora(GenerateArguments(checkpoint_dir=checkpoint, prompt="x", **given))
+            generate_lora(ExpertArguments(checkpoint_dir=checkpoint, prompt="x", **given))
 
 
 # --- scripts

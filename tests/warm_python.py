@@ -110,7 +110,8 @@ def run(arguments: list[str], cwd: str, env: dict[str, str]) -> None:
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        if not stream.closed:  # as json.tool leaves it
+            stream.flush()
     os._exit(status)
 
 
