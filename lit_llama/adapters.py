@@ -31,10 +31,11 @@ from lit_llama.adapter_files import PEFT_PREFIX, fill_parameters, read_adapter_s
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_directory, read_json
+from lit_llama.kv_cache import KVCache
 from lit_llama.lora import LINEAR_NAMES, LoRAConfig, read_adapter_config
 from lit_llama.lora_tree_linear import Kernel, add_leaf_update_
 from lit_llama.lora_tree_routing import Leaves
-from lit_llama.model import KVCache, Llama
+from lit_llama.model import Llama
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """By the name of a linear layer: lora_A (r, in), lora_B (out, r) and the scaling of their product."""

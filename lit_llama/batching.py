@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.choices import Choices
+from lit_llama.config import CacheQuantization
 from lit_llama.drafting import Drafter, shared_length
 from lit_llama.errors import InputError, RunError
 from lit_llama.generation import (
@@ -35,7 +36,8 @@ from lit_llama.generation import (
     next_logits,
     read_prompt,
 )
-from lit_llama.model import KVCache, Llama
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 512
@@ -143,6 +145,7 @@ class Engine:
         max_length: longest prompt and answer together; by default the model's context.
         max_waiting: requests that wait for a slot; None: as many as come.
         make_drafter: makes what guesses the tokens of one request; None: nothing is guessed.
+        quantize_cache: how keys and values are stored, see `KVCache`.
 
     Raises:
         InputError: a number that makes no sense, or guesses for a model whose rows are routed by their prompt.
@@ -156,6 +159,7 @@ class Engine:
         max_length: int | None = None,
         max_waiting: int | None = 256,
         make_drafter: Callable[[], Drafter] | None = None,
+        quantize_cache: CacheQuantization | None = None,
     ) -> None:
         context = model.config.max_position_embeddings
         self.max_length = context if max_length is None else max_length
@@ -170,7 +174,9 @@ class Engine:
         """Of all rounds so far."""
         self.guessed = self.guessed_right = 0
         weight = model.model.norm.weight
-        self._cache = KVCache(model.config, slots, self.max_length, weight.dtype, weight.device)
+        self._cache = KVCache(
+            model.config, slots, self.max_length, weight.dtype, weight.device, quantize=quantize_cache
+        )
         self._slots = [_Slot() for _ in range(slots)]  # in the order of the cache's rows
         self._reuses = not routed
         self._running = 0  # the slots before this one
@@ -303,14 +309,16 @@ class Engine:
             donor = max(alike, key=lambda slot: shared_length(slot.tokens, ticket.prompt), default=None)
         if donor is not None:  # of the last token the logits are needed, so it is read in any case
             known = min(shared_length(donor.tokens, ticket.prompt), ticket.prompt_tokens - 1)
+            known = self._cache.kept(known, len(donor.tokens))
         if donor is not None and donor.ticket is None and 2 * known >= len(donor.tokens):
             slot = donor
         else:
             slot = min(free, key=lambda slot: slot.last_used)
             if known:
                 to, of = self._slots.index(slot), self._slots.index(donor)
-                for tensor in (*self._cache.keys, *self._cache.values):
-                    tensor[to, :, :known] = tensor[of, :, :known]
+                columns = known if len(donor.tokens) <= self._cache.capacity else self._cache.capacity
+                for tensor in self._cache.tensors():
+                    tensor[to, :, :columns] = tensor[of, :, :columns]
         slot.row_state = donor.row_state if known else {}
         slot.tokens, slot.adapter, slot.ticket = ticket.prompt[:known], adapter, ticket
         ticket.cached_tokens = known
@@ -327,7 +335,7 @@ class Engine:
         bank = getattr(self.model, "adapter_bank", None)
         with nullcontext() if bank is None else bank.using(ticket.request.adapter):
             if start + len(piece) < ticket.prompt_tokens:
-                read_prompt(self.model, torch.tensor([piece], device=cache.keys[0].device), cache)
+                read_prompt(self.model, torch.tensor([piece], device=cache.device), cache)
                 logits = None
             else:
                 logits = next_logits(self.model, piece, cache)
@@ -354,7 +362,7 @@ class Engine:
         ]
         try:
             cache = self._rows(rows, length)
-            logits = logits_of(self.model, torch.tensor(ids, device=cache.keys[0].device), cache)
+            logits = logits_of(self.model, torch.tensor(ids, device=cache.device), cache)
         except Exception as error:  # of memory, say: they end, and others may still fit
             for slot in rows:
                 self._deliver(slot.ticket, error)
@@ -441,7 +449,8 @@ class Engine:
     def _rows(self, slots: list[_Slot], new: int) -> KVCache:
         """The rows of some slots, which lie beside each other, with memory for `new` more tokens each."""
         lengths = [len(slot.tokens) for slot in slots]
-        self._cache.reserve(max(lengths) + new)
+        self._cache.length = max(lengths)
+        self._cache.reserve(new)
         first = self._slots.index(slots[0])
         rows = self._cache.rows(first, first + len(slots), lengths)
         states = [slot.row_state for slot in slots]
@@ -455,7 +464,7 @@ class Engine:
             return
         other = self._slots[to]
         length = max(len(slot.tokens), len(other.tokens))
-        for tensor in (*self._cache.keys, *self._cache.values):
+        for tensor in self._cache.tensors():
             tensor[[at, to], :, :length] = tensor[[to, at], :, :length]
         self._slots[at], self._slots[to] = other, slot
 

@@ -15,6 +15,9 @@ from lit_llama.files import read_json
 Quantization = Literal["nf4", "nf4-dq", "int8"]
 """Ways to store the base weights."""
 
+CacheQuantization = Literal["int8"]
+"""Ways to store keys and values of what was read, instead of as the model computes them."""
+
 Embeddings = Literal["int8", "cpu"]
 """Other places for the embedding: 8 bits (then the head too), or the host's memory while the rest is on a GPU."""
 

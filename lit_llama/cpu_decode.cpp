@@ -2,8 +2,8 @@
 // everything between the matrix products.
 //
 // Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32;
-// weights are fp32, bf16 or int8 with a scale a row; keys and values are fp32 or bf16. What is computed for a row does
-// not depend on the rows beside it. `cpu_decode.py` compiles this file and calls it.
+// weights are fp32, bf16 or int8 with a scale a row, and so are keys and values. What is computed for a row does not
+// depend on the rows beside it. `cpu_decode.py` compiles this file and calls it.
 
 #include <algorithm>
 #include <atomic>
@@ -75,21 +75,23 @@ enum Slot { Q, K, V, O, GATE, UP, DOWN, SLOTS };
 struct Shape {
     int64_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, window;  // window 0: none
     float epsilon;
-    int64_t bf16;  // else fp32: keys, values, and what products of prompts take and give
+    int64_t bf16;  // else fp32: what products of prompts take and give
 };
 
 struct Step {  // what changes from step to step
-    int64_t tokens, length, capacity;  // length: tokens of one row, which follow each other
+    int64_t tokens, length;        // length: tokens of one row, which follow each other
+    int64_t kind, capacity;        // of keys and values; a position's lie in the column position % capacity
     const int64_t* positions;      // (tokens,)
     const int64_t* adapters;       // (tokens,) index into the adapters, -1 the base alone
     const float *cosines, *sines;  // (tokens, head_dim), the first half of sines negated
     void *const *keys, *const *values;  // a layer: (tokens / length, kv_heads, capacity, head_dim)
+    float *const *key_scales, *const *value_scales;  // of int8, a layer: (tokens / length, kv_heads, capacity)
     float *x, *logits;             // (tokens, hidden), (tokens, vocab)
 };
 
 struct Prompt {
     int64_t rows, length, capacity;
-    const int64_t *positions, *columns;  // (rows, length): of the tokens, and where the cache holds them
+    const int64_t *positions, *columns;  // (rows, length): of the tokens, and where their keys and values are put
     const float *cosines, *sines;        // (rows, length, head_dim), the first half of sines negated
 };
 
@@ -237,43 +239,82 @@ struct Decoder {
         return qkv.data() + (token * (shape.heads + 2 * shape.kv_heads) + head) * shape.head_dim;
     }
 
+    // What a layer's cache has of a token's row and a head: `width` numbers a column.
     template <class T>
-    T* cached(void* const* tensors, long layer, long token, long kv_head) {
-        return (T*)tensors[layer] + (token / step.length * shape.kv_heads + kv_head) * step.capacity * shape.head_dim;
+    T* cached(T* const* tensors, long layer, long token, long kv_head, long width) const {
+        return tensors[layer] + (token / step.length * shape.kv_heads + kv_head) * step.capacity * width;
+    }
+
+    // Stores head_dim numbers, with a scale if they are int8.
+    template <class T>
+    void store_head(const float* x, T* to, float* scale) const {
+        for (long i = 0; i < shape.head_dim; i++) store(x[i], to[i]);
+    }
+
+    void store_head(const float* x, int8_t* to, float* scale) const {
+        float largest = 1e-12f;
+        for (long i = 0; i < shape.head_dim; i++) largest = std::max(largest, std::fabs(x[i]));
+        *scale = largest / 127;
+        for (long i = 0; i < shape.head_dim; i++) to[i] = int8_t(std::rint(x[i] / *scale));
     }
 
     template <class T>
     void remember(long layer, long token, long kv_head) {
-        long d = shape.head_dim, at = step.positions[token] * d;
+        long d = shape.head_dim, column = step.positions[token] % step.capacity;
         float* k = projected(token, shape.heads + kv_head);
-        const float* v = projected(token, shape.heads + shape.kv_heads + kv_head);
-        T *keys = cached<T>(step.keys, layer, token, kv_head), *values = cached<T>(step.values, layer, token, kv_head);
         rotate(k, token, k);
-        for (long i = 0; i < d; i++) store(k[i], keys[at + i]), store(v[i], values[at + i]);
+        auto keep = [&](const float* x, void* const* tensors, float* const* scales) {
+            float* scale = step.kind == INT8 ? cached(scales, layer, token, kv_head, 1) + column : nullptr;
+            store_head(x, cached((T* const*)tensors, layer, token, kv_head, d) + column * d, scale);
+        };
+        keep(k, step.keys, step.key_scales);
+        keep(projected(token, shape.heads + shape.kv_heads + kv_head), step.values, step.value_scales);
     }
 
     template <class T>
     void attend(long layer, long token, long kv_head, std::vector<float>& weights) {
-        long d = shape.head_dim, group = shape.heads / shape.kv_heads, position = step.positions[token];
-        long start = shape.window ? std::max(0L, position - shape.window + 1) : 0L;
-        const T* keys = cached<T>(step.keys, layer, token, kv_head);
-        const T* values = cached<T>(step.values, layer, token, kv_head);
+        long d = shape.head_dim, group = shape.heads / shape.kv_heads, capacity = step.capacity;
+        long position = step.positions[token], start = shape.window ? std::max(0L, position - shape.window + 1) : 0L;
+        const T* keys = cached((T* const*)step.keys, layer, token, kv_head, d);
+        const T* values = cached((T* const*)step.values, layer, token, kv_head, d);
+        const float *key_scales = nullptr, *value_scales = nullptr;
+        if (step.kind == INT8) {
+            key_scales = cached(step.key_scales, layer, token, kv_head, 1);
+            value_scales = cached(step.value_scales, layer, token, kv_head, 1);
+        }
+        // work(position, column) for all that is seen, which lies in one piece or two.
+        auto each = [&](auto work) {
+            for (long t = start; t <= position;)
+                for (long column = t % capacity; column < capacity && t <= position; t++, column++) work(t, column);
+        };
         weights.resize(position + 1);
         for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
             float *query = projected(token, h), *out = attended.data() + (token * shape.heads + h) * d;
             rotate(query, token, query);
             float largest = -3e38f, total = 0, scale = 1 / std::sqrt(float(d));
-            for (long t = start; t <= position; t++) {
-                weights[t] = scale * dot(keys + t * d, query, d);
+            each([&](long t, long column) {
+                weights[t] = scale * (key_scales ? key_scales[column] : 1) * dot(keys + column * d, query, d);
                 largest = std::max(largest, weights[t]);
-            }
+            });
             for (long t = start; t <= position; t++) total += weights[t] = exponential(weights[t] - largest);
             memset(out, 0, d * sizeof(float));
-            for (long t = start; t <= position; t++) {
-                float share = weights[t] / total;
-                for (long i = 0; i < d; i++) out[i] += share * value(values[t * d + i]);
-            }
+            each([&](long t, long column) {
+                float share = weights[t] / total * (value_scales ? value_scales[column] : 1);
+                for (long i = 0; i < d; i++) out[i] += share * value(values[column * d + i]);
+            });
         }
+    }
+
+    void remember(long layer, long token, long kv_head) {
+        if (step.kind == FP32) remember<float>(layer, token, kv_head);
+        else if (step.kind == BF16) remember<uint16_t>(layer, token, kv_head);
+        else remember<int8_t>(layer, token, kv_head);
+    }
+
+    void attend(long layer, long token, long kv_head, std::vector<float>& weights) {
+        if (step.kind == FP32) attend<float>(layer, token, kv_head, weights);
+        else if (step.kind == BF16) attend<uint16_t>(layer, token, kv_head, weights);
+        else attend<int8_t>(layer, token, kv_head, weights);
     }
 
     void forward() {
@@ -292,17 +333,12 @@ struct Decoder {
                 multiply(piece, first + slot, normed.data(),
                          [&](long token, long j, float y) { qkv[token * outputs + offset + j] = y; });
             });
-            auto remember_piece = [&](long piece) {
-                long token = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
-                if (shape.bf16) remember<uint16_t>(layer, token, kv_head);
-                else remember<float>(layer, token, kv_head);
-            };
-            if (step.length > 1) phase(number, heads, remember_piece);  // a token sees those before it in the step
+            if (step.length > 1)  // a token sees those before it in the step
+                phase(number, heads, [&](long piece) { remember(layer, piece / shape.kv_heads, piece % shape.kv_heads); });
             phase(number, heads, [&](long piece) {
-                if (step.length == 1) remember_piece(piece);
                 long token = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
-                if (shape.bf16) attend<uint16_t>(layer, token, kv_head, weights);
-                else attend<float>(layer, token, kv_head, weights);
+                if (step.length == 1) remember(layer, token, kv_head);
+                attend(layer, token, kv_head, weights);
             });
             add_to_residual(number, first + O, attended);
             normalise(norms[2 * layer + 1], normed);

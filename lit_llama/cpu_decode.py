@@ -28,8 +28,9 @@ from lit_llama.command_line import progress
 from lit_llama.errors import RunError
 from lit_llama.files import atomic_path
 from lit_llama.functional import QUERY_BLOCK, attention
+from lit_llama.kv_cache import KVCache
 from lit_llama.lora_linear import LoRALinear
-from lit_llama.model import MLP, KVCache, Llama, rotary_inverse_frequencies
+from lit_llama.model import MLP, Llama, rotary_inverse_frequencies
 from lit_llama.quantization import QuantizedLinear
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -40,7 +41,7 @@ _FLAGS = (
     # Sums may be taken in any order, nothing is infinite, and nobody asks for the exceptions of arithmetic.
     "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffinite-math-only",
 )  # fmt: skip
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, torch.int8: 2}
 
 
 class _Matrix(Structure):
@@ -62,9 +63,9 @@ class _Shape(Structure):
 
 class _Step(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("tokens", "length", "capacity")),
+        *((name, c_int64) for name in ("tokens", "length", "kind", "capacity")),
         *((name, c_void_p) for name in ("positions", "adapters", "cosines", "sines")),
-        *((name, POINTER(c_void_p)) for name in ("keys", "values")),
+        *((name, POINTER(c_void_p)) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, c_void_p) for name in ("x", "logits")),
     ]
 
@@ -123,51 +124,57 @@ class CPUDecoder:
         rows, length = input_ids.shape
         if self.bank is not None:
             self.bank.begin_pass(self.model.model, (input_ids,), {"cache": cache})
-        cache.reserve(length)
-        total = cache.length + length
-        positions = torch.arange(cache.length, total).expand(rows, -1)
-        if cache.padding is not None:
-            positions = positions - cache.padding[:, None]
-        columns, positions = positions.remainder(total).contiguous(), positions.clamp_min(0).contiguous()  # see KVCache
+        cache.prepare(length, in_order=True)
+        positions, columns = (places.expand(rows, -1).contiguous() for places in (cache.positions, cache.columns))
         tables = self._rotary_tables(positions)
-        prompt = _Prompt(rows, length, cache.keys[0].shape[2], *map(_pointer, (positions, columns, *tables)))
+        capacity = cache.capacity
+        if not _in_place(cache):
+            columns, capacity = torch.arange(length).repeat(rows, 1), length
+            positions = positions if cache.first is None else positions - cache.first
+        prompt = _Prompt(rows, length, capacity, *map(_pointer, (positions, columns, *tables)))
 
         x = self.model.model.embed_tokens(input_ids).float()
-        added, normed = None, torch.empty(x.shape, dtype=cache.keys[0].dtype)
+        added, normed = None, torch.empty(x.shape, dtype=cache.dtype)
         for number, layer in enumerate(self.model.model.layers):
             self._add_and_normalise(x, added, 2 * number, normed)
             attention_layer, mlp = layer.self_attn, layer.mlp
             projections = (attention_layer.q_proj, attention_layer.k_proj, attention_layer.v_proj)
             query, key, value = (projection(normed) for projection in projections)
-            mixed = self._attend(query, key, value, cache.keys[number], cache.values[number], prompt, cache.length)
+            mixed = self._attend(query, key, value, number, cache, prompt)
             added = attention_layer.o_proj(mixed)
             self._add_and_normalise(x, added, 2 * number + 1, normed)
             gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
             self.library.decoder_gate_times_up(self.handle, gate.numel(), _pointer(gate), _pointer(up))
             added = mlp.down_proj(gate)
         self._add_and_normalise(x, added, len(self._norms) - 1, normed)
-        cache.length = total
+        cache.length += length
         return normed[:, -1]
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, prompt: _Prompt, before: int
-    ) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, cache: KVCache, prompt: _Prompt) -> Tensor:
         """Attention of a prompt (rows, length, heads * head_dim each) over the cache, in which it is stored."""
-        rows, kv_heads, _, head_dim = keys.shape
+        rows, kv_heads, _, head_dim = cache.keys[layer].shape
         length, heads = prompt.length, query.shape[-1] // head_dim
         queries = torch.empty(rows * kv_heads, heads // kv_heads, length, head_dim, dtype=query.dtype)
+        in_place = _in_place(cache)
+        keys, values = cache.keys[layer], cache.values[layer]
+        if not in_place:
+            keys, values = (torch.empty(rows, kv_heads, length, head_dim, dtype=query.dtype) for _ in range(2))
         pointers = map(_pointer, (query, key, value, queries, keys, values))
         self.library.decoder_rotate_and_store(self.handle, ctypes.byref(prompt), *pointers)
+        if not in_place:
+            keys, values = cache.append(layer, keys, values)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        before = min(cache.length + length, cache.capacity) - length  # keys in front of the first query's own
         mixed = torch.empty(rows, length, heads, head_dim, dtype=query.dtype)
         for start in range(0, length, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, length)
-            seen = before + end
+            seen = before + end  # no query of the block is further on
             block = queries[:, :, start:end].flatten(1, 2)
-            scores = torch.bmm(block, keys.flatten(0, 1)[:, :seen].transpose(1, 2))
+            scores = torch.bmm(block, keys[:, :seen].transpose(1, 2))
             self.library.decoder_softmax(
                 self.handle, ctypes.byref(prompt), _pointer(scores), start, end - start, scores.shape[-1]
             )
-            weighted = torch.bmm(scores, values.flatten(0, 1)[:, :seen])
+            weighted = torch.bmm(scores, values[:, :seen])
             mixed[:, start:end] = weighted.view(rows, heads, end - start, head_dim).transpose(1, 2)
         return mixed.flatten(2)
 
@@ -201,8 +208,9 @@ class CPUDecoder:
             adapters = torch.tensor(self.bank.rows_of(cache)[:rows])
         adapters = adapters.repeat_interleave(length)
         inputs = map(_pointer, (positions, adapters, cos, sin))
-        memory = (_pointers(cache.keys), _pointers(cache.values))
-        step = _Step(rows * length, length, cache.keys[0].shape[2], *inputs, *memory, _pointer(x), _pointer(logits))
+        memory = (_pointers(tensors) for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
+        kind = _KINDS[cache.keys[0].dtype]
+        step = _Step(rows * length, length, kind, cache.capacity, *inputs, *memory, _pointer(x), _pointer(logits))
         self.library.decoder_step(self.handle, ctypes.byref(step))
         cache.length += length
         return logits
@@ -232,6 +240,11 @@ def cpu_decoder(model: Llama) -> CPUDecoder | None:
         return None
     library = _library()
     return None if library is None else CPUDecoder(model, [*layers, model.lm_head], library)
+
+
+def _in_place(cache: KVCache) -> bool:
+    """Whether what the pass under way computes and sees lies in the cache as it is, and in order."""
+    return not cache.key_scales and cache.first is None
 
 
 def _supported(layer: nn.Module | None) -> bool:

@@ -12,7 +12,8 @@ import torch
 
 from lit_llama.errors import InputError
 from lit_llama.generation import next_logits
-from lit_llama.model import KVCache, Llama
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
 
 Drafter = Callable[[list[int], int], list[int]]
@@ -49,8 +50,8 @@ class DraftModel:
     def __call__(self, tokens: list[int], count: int) -> list[int]:
         if len(tokens) + count > self.cache.max_length:
             return []
-        known = min(shared_length(self.read, tokens), len(tokens) - 1)
-        self.cache.length = known  # what was guessed wrong is overwritten
+        known = self.cache.kept(min(shared_length(self.read, tokens), len(tokens) - 1), self.cache.length)
+        self.cache.wind_back(known)  # what was guessed wrong is overwritten
         guesses: list[int] = []
         new = tokens[known:]
         for _ in range(count):

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_llama.config import CacheQuantization
 from lit_llama.cpu_decode import cpu_decoder
 from lit_llama.errors import InputError
 from lit_llama.generation_arguments import SamplingConfig
 from lit_llama.hardware import keep_freed_memory
-from lit_llama.model import KVCache, Llama
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import Llama
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompts import Message, encode_chat, stop_strings, with_system
 from lit_llama.tokenizer import Tokenizer
@@ -39,6 +41,7 @@ def generate(
     max_new_tokens: int | None = None,
     sampling: SamplingConfig = GREEDY,
     stop_ids: Collection[int] = (),
+    quantize_cache: CacheQuantization | None = None,
 ) -> list[list[int]]:
     """New tokens of each row; `num_samples` rows a prompt, those of one prompt together.
 
@@ -46,7 +49,9 @@ def generate(
     """
     prompts = as_prompts(input_ids)
     rows: list[list[int]] = [[] for _ in range(len(prompts) * sampling.num_samples)]
-    for row, token_id in generate_stream(model, prompts, max_new_tokens, sampling, stop_ids):
+    for row, token_id in generate_stream(
+        model, prompts, max_new_tokens, sampling, stop_ids, quantize_cache=quantize_cache
+    ):
         rows[row].append(token_id)
     return rows
 
@@ -82,6 +87,7 @@ def generate_stream(
     stop_ids: Collection[int] = (),
     ended: Callable[[int], bool] = lambda row: False,
     speed: Speed | None = None,
+    quantize_cache: CacheQuantization | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Generate token by token, all rows in step.
 
@@ -96,6 +102,7 @@ def generate_stream(
         stop_ids: ids that end a row and are not part of it.
         ended: asked with a row's number after each of its tokens was yielded; true ends the row.
         speed: what this took is added to it.
+        quantize_cache: how keys and values are stored, see `KVCache`.
 
     Yields:
         (row, token id), row = prompt * num_samples + sample.
@@ -108,7 +115,7 @@ def generate_stream(
     prompts = as_prompts(input_ids)
     max_new_tokens = checked_length(model, prompts, max_new_tokens)
     clock = time.perf_counter()
-    cache, logits = _prefill(model, prompts, max_new_tokens)
+    cache, logits = _prefill(model, prompts, max_new_tokens, quantize_cache)
     numbers = list(range(len(prompts) * sampling.num_samples))  # of the rows that the batch still has
     unfinished = set(numbers)
     sampler = Sampler(sampling, prompts, model.config.vocab_size, logits.device)
@@ -242,7 +249,9 @@ def _accompanied(rows: Tensor) -> Tensor:
     return rows.expand(2, -1) if len(rows) == 1 and rows.device.type == "cpu" else rows
 
 
-def _prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tuple[KVCache, Tensor]:
+def _prefill(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, quantize_cache: CacheQuantization | None
+) -> tuple[KVCache, Tensor]:
     """The cache after the prompts, and the logits of what follows each, (rows, vocab)."""
     weight = model.model.norm.weight
     width = max(map(len, prompts))
@@ -253,7 +262,8 @@ def _prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tup
     if padded.numel() == 1:
         padded = _accompanied(padded)
     # The last token needs no place: nothing is computed after it.
-    cache = KVCache(model.config, len(padded), width + max_new_tokens - 1, weight.dtype, weight.device, padding)
+    length = width + max_new_tokens - 1
+    cache = KVCache(model.config, len(padded), length, weight.dtype, weight.device, padding, quantize_cache)
     for chunk in padded.chunk(-(-padded.numel() // PREFILL_TOKENS), dim=1):  # of like size: none of a token alone
         hidden = read_prompt(model, chunk, cache)
     return cache, model.lm_head(_accompanied(hidden))[: len(prompts)]

@@ -25,7 +25,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lit_llama.data.layouts import PADDING_DOCUMENT
 from lit_llama.errors import InputError
-from lit_llama.model import KVCache
+from lit_llama.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from lit_llama.lora_tree import LoRATreeConfig

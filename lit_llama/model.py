@@ -1,8 +1,8 @@
 """The whole Llama in one file, with Hugging Face's module and parameter names.
 
-RMSNorm, rotary embedding, grouped-query attention with an optional sliding window, SwiGLU MLP, and the cache of keys
-and values for generation. LoRA, quantization and the like wrap the named linear layers from outside; nothing here
-knows of them.
+RMSNorm, rotary embedding, grouped-query attention with an optional sliding window, SwiGLU MLP. LoRA, quantization and
+the like wrap the named linear layers from outside; nothing here knows of them. The cache of keys and values that
+generation goes on from is `kv_cache.py`.
 
     input_ids (batch, length)
       -> embed_tokens                     (batch, length, hidden)
@@ -14,13 +14,11 @@ knows of them.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +38,7 @@ from lit_llama.functional import (
 
 if TYPE_CHECKING:
     from lit_llama.cpu_decode import CPUDecoder
+    from lit_llama.kv_cache import KVCache
 
 
 class RMSNorm(nn.Module):
@@ -196,9 +195,7 @@ class LlamaModel(nn.Module):
                 raise InputError("document_ids cannot be used together with a cache")
             cache.prepare(length)
         if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device)[None]
-            if cache is not None:
-                position_ids = cache.position_ids(position_ids)
+            position_ids = torch.arange(length, device=input_ids.device)[None] if cache is None else cache.positions
         x = self.embed_tokens(input_ids)
         cos, sin = self.rotary_tables(position_ids, x.dtype)
         mask = CausalMask(length, document_ids, self.config.sliding_window, x.device)
@@ -251,127 +248,6 @@ class Llama(nn.Module):
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=std)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far: (batch, kv_heads, capacity, head_dim) a layer.
-
-    Memory is set aside as tokens come, doubling up to `max_length`.
-
-    Prompts of different lengths are padded on the left; `padding` then holds the number of padding tokens of each row,
-    which no real query sees and no position counts. They are not stored in front: a row's tokens lie at their own
-    positions, so that a row is summed up in the same order, and so to the same bits, as it would be alone.
-    """
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        batch_size: int,
-        max_length: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        padding: Tensor | None = None,  # (batch,) int64
-    ) -> None:
-        if max_length > config.max_position_embeddings:
-            raise InputError(
-                f"a sequence of {max_length} tokens is longer than the model's context of"
-                f" {config.max_position_embeddings}"
-            )
-        # Zeros: what is not written yet is masked, but 0 * NaN would still be NaN.
-        empty = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self.keys = [empty] * config.num_hidden_layers
-        self.values = [empty] * config.num_hidden_layers
-        self.max_length = max_length
-        self.sliding_window = config.sliding_window
-        self.padding = padding
-        self.row_state: dict[str, Tensor] = {}
-        """What else is to be remembered of each row, (batch, ...) each, by whatever wraps the model."""
-        self.length = 0
-        """Tokens held, padding included."""
-        self.mask: Tensor | None = None
-        """Of the forward pass under way: (batch or 1, 1, new, attended), -inf where a query must not look, else 0."""
-        self._attended = 0
-        self._columns: Tensor | None = None
-        """Where the pass under way stores its tokens, (batch, 1, new, 1); None: all rows behind what is held."""
-
-    def prepare(self, new: int) -> None:
-        """Make ready for `new` more tokens a row: check the room, work out places and mask once for all layers."""
-        total = self.length + new
-        self.reserve(new)
-        self._attended = _round_up(total)
-        self.mask = self._columns = None
-        windowed = self.sliding_window is not None and total > self.sliding_window
-        if new == 1 and self.padding is None and not windowed and total == self._attended:
-            return
-        positions = torch.arange(self.length, total, device=self.keys[0].device)[None]  # (batch or 1, new)
-        if self.padding is not None:
-            positions = positions - self.padding[:, None]
-            # Padding has negative positions and is put where the row's later tokens will overwrite it.
-            self._columns = positions.remainder(total)[:, None, :, None]
-            positions = positions.clamp_min(0)  # a padding query sees one key, that its softmax has something to sum
-        keys = torch.arange(self._attended, device=positions.device)
-        hidden = keys > positions[..., None]
-        if windowed:
-            hidden |= keys <= positions[..., None] - self.sliding_window
-        mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=positions.device)
-        self.mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
-
-    def reserve(self, new: int) -> None:
-        """See that there is memory for `new` more tokens a row."""
-        total = self.length + new
-        if total > self.max_length:
-            raise InputError(f"the cache holds {self.max_length} tokens; {total} are needed")
-        capacity, needed = self.keys[0].shape[2], _round_up(total)
-        if needed > capacity:
-            more = max(needed, min(2 * capacity, _round_up(self.max_length))) - capacity
-            self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
-            self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
-
-    def rows(self, start: int, end: int, lengths: Sequence[int]) -> "KVCache":
-        """The rows from `start` to `end` as a cache of their own, in the same memory, that holds `lengths` tokens.
-
-        Memory for the tokens to come must be reserved before; what they do to the row state stays there.
-        """
-        rows = copy(self)
-        rows.keys, rows.values = ([tensor[start:end] for tensor in tensors] for tensors in (self.keys, self.values))
-        rows.length = max(lengths)
-        rows.padding = None
-        if min(lengths) < rows.length:
-            rows.padding = torch.tensor([rows.length - length for length in lengths], device=self.keys[0].device)
-        rows.row_state = {name: state[start:end] for name, state in self.row_state.items()}
-        return rows
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values of one layer; returns views of all that the mask covers."""
-        total = self.length + key.shape[2]
-        keys, values = self.keys[layer], self.values[layer]
-        if self._columns is None:
-            keys[:, :, self.length : total] = key
-            values[:, :, self.length : total] = value
-        else:
-            columns = self._columns.expand_as(key)
-            keys.scatter_(2, columns, key)
-            values.scatter_(2, columns, value)
-        return keys[:, :, : self._attended], values[:, :, : self._attended]
-
-    def position_ids(self, offsets: Tensor) -> Tensor:
-        """Rotary positions of new tokens at `offsets` (1, new) behind the cache's end; padding does not count."""
-        if self.padding is None:
-            return self.length + offsets
-        return (self.length + offsets - self.padding[:, None]).clamp_min_(0)
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows (int64 indices): fewer as some end, or one several times for several answers."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-        if self.padding is not None:
-            self.padding = self.padding[rows]
-        self.row_state = {name: state[rows] for name, state in self.row_state.items()}
-
-
-def _round_up(length: int) -> int:
-    """To whole vectors of the softmax kernels: else the last bit of a row's sum would depend on how long others are."""
-    return -(-length // 16) * 16
 
 
 def rotary_inverse_frequencies(config: LlamaConfig) -> Tensor:

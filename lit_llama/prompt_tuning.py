@@ -27,7 +27,8 @@ from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
 from lit_llama.files import read_json
 from lit_llama.functional import CausalMask, attention, rotate
-from lit_llama.model import Attention, KVCache, Llama
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import Attention, Llama
 from lit_llama.quantization import QuantizedLinear
 
 _PEFT_TYPES = {"PREFIX_TUNING": None, "ADAPTION_PROMPT": 1, "LLAMA_ADAPTER_V2": 2}

@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Module):
         layer = cls(mode, *weight.shape)
         weight = weight.detach()
         if mode == "int8":
-            pieces = [_to_int8(piece) for piece in weight.split(_ROWS)]
+            pieces = [to_int8(piece) for piece in weight.split(_ROWS)]
             layer.register_buffer("codes", torch.cat([codes for codes, _ in pieces]))
             layer.register_buffer("scale", torch.cat([scale for _, scale in pieces]))  # (out, 1)
             return layer
@@ -147,11 +147,11 @@ class HostEmbedding(nn.Module):
         return F.embedding(input_ids.to(self.weight.device), self.weight).to(input_ids.device)
 
 
-def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8, scale fp32 (rows, 1)) of the rows of a dense weight."""
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / 127
-    return torch.round(weight / scale).to(torch.int8), scale
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes int8 of x's shape, scale fp32 (..., 1)) of the rows of a dense x (..., n): the largest becomes 127."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12) / 127
+    return torch.round(x / scale).to(torch.int8), scale
 
 
 @cache

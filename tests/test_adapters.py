@@ -15,9 +15,10 @@ from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
 from lit_llama.generation import SamplingConfig, answer_questions, generate, generate_stream
+from lit_llama.kv_cache import KVCache
 from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
 from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree
-from lit_llama.model import KVCache, Llama
+from lit_llama.model import Llama
 from lit_llama.packed_linear import pack_linear_layers
 from lit_llama.prompt_tuning import PrefixConfig, inject_prefix, save_prompt_tuning
 from lit_llama.tokenizer import Tokenizer

@@ -14,9 +14,10 @@ from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.config import LlamaConfig
 from lit_llama.cpu_decode import cpu_decoder
 from lit_llama.generation import generate, prepare_to_generate
+from lit_llama.kv_cache import KVCache
 from lit_llama.lora import LoRAConfig, inject_lora, lora_layers, save_adapter
 from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree
-from lit_llama.model import KVCache, Llama
+from lit_llama.model import Llama
 from lit_llama.prompt_tuning import PrefixConfig, inject_prefix
 from lit_llama.quantization import QuantizedLinear
 

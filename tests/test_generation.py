@@ -26,8 +26,9 @@ from lit_llama.generation import (
     penalize_repetition,
     stream_text,
 )
+from lit_llama.kv_cache import KVCache
 from lit_llama.lora import LoRAConfig, inject_lora
-from lit_llama.model import KVCache, Llama
+from lit_llama.model import Llama
 from lit_llama.packed_linear import PackedLinear, pack_linear_layers
 from lit_llama.prompts import encode_prompt
 from lit_llama.tokenizer import Tokenizer

@@ -16,6 +16,7 @@ from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
 from lit_llama.generation import generate
+from lit_llama.kv_cache import KVCache
 from lit_llama.lora import LoRAConfig, inject_lora, learning_rate_factors, load_adapter, lora_layers, save_adapter
 from lit_llama.lora_linear import LoRALinearFunction
 from lit_llama.lora_tree import (
@@ -39,7 +40,7 @@ from lit_llama.lora_tree_routing import (
     top_k_weights,
     tree_balance,
 )
-from lit_llama.model import KVCache, Llama
+from lit_llama.model import Llama
 from lit_llama.optimizer import Optimizer
 from lit_llama.packed_linear import PackedLinear, pack_linear_layers
 from lit_llama.training_step import LossOfBatch

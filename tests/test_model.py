@@ -10,7 +10,8 @@ import transformers
 from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
 from lit_llama.functional import AttentionFunction, CausalMask, RMSNormFunction, SwiGLUFunction
-from lit_llama.model import KVCache, Llama, RMSNorm, rotary_inverse_frequencies
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import Llama, RMSNorm, rotary_inverse_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lit_llama.generation import PREFILL_TOKENS
+from lit_llama.kv_cache import KVCache
 from lit_llama.loss import chunk_sizes
-from lit_llama.model import KVCache, Llama
+from lit_llama.model import Llama
 
 
 class Likelihood(NamedTuple):
@@ -73,7 +74,7 @@ def continuation_likelihoods(
         hidden = last_hidden
         if max(lengths) > 1:
             hidden = torch.cat((last_hidden, model.model(targets[:, :-1], cache=cache)), dim=1)
-            cache.length = width
+            cache.wind_back(width)
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         scores = score_tokens(model, hidden[real], targets[real])
         of_rows = zip(results, lengths, *(values.split(lengths) for values in scores), strict=True)
