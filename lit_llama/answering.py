@@ -164,8 +164,7 @@ def answer_prompts(
 
     model, tokenizer = load_for_generation(arguments, put_on)
     asker = Asker(tokenizer, arguments, adapter_dir or adapters_dir, router)
-    make_drafter = None if arguments.draft is None else drafter_maker(arguments, tokenizer)
-    engine = Engine(model, tokenizer, arguments.batch_size, max_waiting=None, make_drafter=make_drafter)
+    engine = open_engine(arguments, model, tokenizer, arguments.batch_size)
     try:
         if prompts is None:
             _converse(engine, asker)
@@ -180,12 +179,24 @@ def answer_prompts(
                 progress(f"{engine.guessed_right:,} of {engine.guessed:,} guessed tokens were right")
 
 
-def drafter_maker(arguments: AnswerArguments, tokenizer: Tokenizer) -> Callable[[], Drafter]:
-    """What `--draft` says: see there.
+def open_engine(
+    arguments: ModelArguments,
+    model: Llama,
+    tokenizer: Tokenizer,
+    slots: int,
+    max_length: int | None = None,
+    max_waiting: int | None = None,
+) -> Engine:
+    """What answers requests with a model, as the arguments say; the rest as in `Engine`.
 
     Raises:
-        InputError: neither "lookup" nor a checkpoint with the same vocabulary.
+        InputError: see `Engine`; or `--draft` is neither "lookup" nor a checkpoint with the same vocabulary.
     """
+    make_drafter = None if arguments.draft is None else _drafter_maker(arguments, tokenizer)
+    return Engine(model, tokenizer, slots, max_length, max_waiting, make_drafter, arguments.quantize_cache)
+
+
+def _drafter_maker(arguments: ModelArguments, tokenizer: Tokenizer) -> Callable[[], Drafter]:
     if arguments.draft == "lookup":
         return lambda: look_up
     directory = existing_directory(Path(arguments.draft))

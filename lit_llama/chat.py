@@ -14,8 +14,8 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
-from lit_llama.answering import BASE, load_experts, load_for_generation, style_and_system
-from lit_llama.batching import Engine, Request
+from lit_llama.answering import BASE, load_experts, load_for_generation, open_engine, style_and_system
+from lit_llama.batching import Request
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.files import atomic_file, refuse_overwrite
@@ -47,7 +47,7 @@ class Chat:
             ),
         )
         # Room for the conversation beside what /compare asks: a question goes on behind what was read of it.
-        self.engine = Engine(self.model, self.tokenizer, slots=3)
+        self.engine = open_engine(arguments, self.model, self.tokenizer, slots=3)
         self.expert = next(iter(self.directories), BASE)
         self.system = arguments.system
         self.messages: list[Message] = []

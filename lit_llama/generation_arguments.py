@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.config import Embeddings, Quantization
+from lit_llama.config import CacheQuantization, Embeddings, Quantization
 from lit_llama.errors import InputError
 
 RouteMethod = Literal["embedding", "arrow", "gates"]
@@ -71,6 +71,12 @@ class ModelArguments(SamplingConfig):
     """Store the base weights in 4 or 8 bits."""
     embeddings: Embeddings | None = None
     """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
+    draft: str | None = None
+    """Guess the next tokens and check several at once, which changes only how long an answer takes: "lookup" looks up
+    what followed the last words before, for text that repeats its prompt; or the directory of a much smaller model with
+    the same vocabulary. Used while up to 4 answers are under way."""
+    quantize_cache: CacheQuantization | None = None
+    """Keep what was read in 8 bits: about half of the memory of each token."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of weights and computation; auto: bf16 where the machine computes with it, else fp32."""
     device: str = "auto"
@@ -91,10 +97,6 @@ class AnswerArguments(ModelArguments):
     """A string, or a list of them, that ends an answer and is not part of it."""
     choices: list[str] | None = None
     """The only answers that can be given: '["yes", "no"]'."""
-    draft: str | None = None
-    """Guess the next tokens and check several at once, which changes only how long an answer takes: "lookup" looks up
-    what followed the last words before, for text that repeats its prompt; or the directory of a much smaller model with
-    the same vocabulary. For up to 4 prompts at a time."""
     batch_size: int = 8
     """Prompts answered at a time."""
     json: bool = False

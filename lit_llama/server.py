@@ -12,8 +12,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from lit_llama.answering import BASE, load_experts, load_for_generation, style_and_system
-from lit_llama.batching import Engine
+from lit_llama.answering import BASE, load_experts, load_for_generation, open_engine, style_and_system
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError, RunError
 from lit_llama.generation_arguments import ServeArguments
@@ -42,7 +41,7 @@ def serve(arguments: ServeArguments) -> None:
     )
     forms = {BASE: Form(None, *style_and_system(arguments, None))}
     forms |= {name: Form(name, *style_and_system(arguments, directory)) for name, directory in experts.items()}
-    engine = Engine(model, tokenizer, arguments.slots, arguments.max_length, arguments.max_waiting)
+    engine = open_engine(arguments, model, tokenizer, arguments.slots, arguments.max_length, arguments.max_waiting)
     api_key = (arguments.api_key or os.environ.get(API_KEY, "")).strip() or None
     if api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         progress(f"warning: whoever reaches this machine can use the server: set --api_key or {API_KEY}")

@@ -67,6 +67,8 @@ class Metrics:
         self.completion_tokens = Counter("completion_tokens", "Tokens of answers.", **kept)
         Gauge("running", "Answers under way.", **kept).set_function(lambda: engine.running)
         Gauge("waiting", "Answers that wait for a slot.", **kept).set_function(lambda: engine.waiting)
+        Gauge("guessed", "Tokens guessed with --draft.", **kept).set_function(lambda: engine.guessed)
+        Gauge("guessed_right", "Of them right.", **kept).set_function(lambda: engine.guessed_right)
         self.first = Histogram("time_to_first_token_seconds", "Waiting included.", buckets=SECONDS, **kept)
         self.gap = Histogram("time_per_token_seconds", "After the first.", buckets=SECONDS, **kept)
 

@@ -169,6 +169,13 @@ def test_quantized_base_answers_as_the_library_does(
     assert answer(checkpoint, capsys, adapter, prompt=PROMPTS[0], quantize=quantize) == f"{text}\n"
 
 
+def test_quantized_cache_answers_as_the_library_does(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    model, tokenizer = load_model(checkpoint, torch.float32), Tokenizer(checkpoint)
+    ids = encode_prompt(tokenizer, "chatml", PROMPTS[0])
+    rows = generate(model, ids, 12, stop_ids=tokenizer.stop_ids, quantize_cache="int8")
+    assert answer(checkpoint, capsys, prompt=PROMPTS[0], quantize_cache="int8") == f"{tokenizer.decode(rows[0])}\n"
+
+
 def test_choices_logprobs_and_guesses(
     checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -317,6 +317,15 @@ def test_too_many_and_too_slow(tiny_checkpoint: Path) -> None:
                 pass
 
 
+def test_guesses_change_no_answer(tiny_checkpoint: Path, experts: Path, expected: dict[str, str]) -> None:
+    with serving(tiny_checkpoint, "--adapters_dir", experts, "--draft", tiny_checkpoint) as (url, _, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        for name in MODELS:
+            answer = client.chat.completions.create(model=name, messages=QUESTION, max_tokens=12)
+            assert answer.choices[0].message.content.strip() == expected[name]
+        assert metric(url, "guessed") >= metric(url, "guessed_right") > 0  # the base guesses what the base says
+
+
 def test_token_page_and_end(tiny_checkpoint: Path, experts: Path) -> None:
     with serving(tiny_checkpoint, "--adapter_dir", experts / "law", LIT_LLAMA_API_KEY="sesame") as (url, process, _):
         right = openai.OpenAI(base_url=f"{url}/v1", api_key="sesame")
