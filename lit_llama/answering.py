@@ -44,7 +44,7 @@ def load_for_generation(
     dtype = pick_dtype(arguments.dtype, device)
     model = load_model(arguments.checkpoint_dir, dtype, device, arguments.quantize, arguments.embeddings).eval()
     put_on(model, tokenizer)
-    prepare_to_generate(model.eval())
+    prepare_to_generate(model.eval(), arguments.compile)
     return model, tokenizer
 
 
@@ -203,7 +203,7 @@ def _drafter_maker(arguments: ModelArguments, tokenizer: Tokenizer) -> Callable[
     check_vocabulary(tokenizer, Tokenizer.from_checkpoint(directory))
     device = pick_device(arguments.device)
     model = load_model(directory, pick_dtype(arguments.dtype, device), device).eval()
-    prepare_to_generate(model)
+    prepare_to_generate(model, arguments.compile)
     return lambda: DraftModel(model)
 
 

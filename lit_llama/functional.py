@@ -291,8 +291,10 @@ def cached_attention(
         # below, this kernel is not built anew for each cached length.
         return F.scaled_dot_product_attention(grouped[:, :, :, 0], key, value, attn_mask=mask).view(query.shape)
     output = torch.empty_like(grouped)
-    for start in range(0, new, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, new)
+    blocks = (
+        [(start, min(start + QUERY_BLOCK, new)) for start in range(0, new, QUERY_BLOCK)] if new > QUERY_BLOCK else []
+    )
+    for start, end in blocks or [(0, new)]:  # of a step's few tokens, whose number may be a symbol of compiled code
         seen = cached - new + end  # no query of the block is further on
         block = grouped[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
         scores = (block @ key[:, :, :seen].transpose(-1, -2)).mul_(head_dim**-0.5)

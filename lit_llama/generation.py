@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_llama.compiled_decode import compiled_decoder
 from lit_llama.config import CacheQuantization
 from lit_llama.cpu_decode import cpu_decoder
 from lit_llama.errors import InputError
@@ -150,14 +151,17 @@ def generate_stream(
         logits = logits_of(model, tokens[:, None], cache)[:, 0]
 
 
-def prepare_to_generate(model: Llama) -> None:
+def prepare_to_generate(model: Llama, compile: bool = False) -> None:
     """Make generation as fast as it can be on the model's device; the model can then do nothing else.
 
-    On a CPU `cpu_decode.py` computes the steps, or, where that does not apply, the weights are packed for them.
+    On a CPU `cpu_decode.py` computes the steps. Where that does not apply, the weights are packed for them, or, if
+    `compile` says so, the steps compiled (`compiled_decode.py`), which takes a while the first time.
     """
     if model.model.norm.weight.device.type == "cpu":
         keep_freed_memory()  # a prompt asks for megabytes at every product
     model.decoder = cpu_decoder(model)
+    if model.decoder is None and compile:
+        model.decoder = compiled_decoder(model)
     if model.decoder is None:
         pack_linear_layers(model)
 

@@ -77,7 +77,7 @@ class KVCache:
         self.attended = 0
         """Keys that it sees."""
         self._mask: Tensor | None = None
-        self._masked = False
+        self._masked = self._rolling = False
         self._most_columns = _round_up(max_length)
         if self.sliding_window is not None:
             self._most_columns = min(self._most_columns, _round_up(self.sliding_window + PASS_TOKENS))
@@ -122,9 +122,9 @@ class KVCache:
             positions = positions - self.padding[:, None]
         self.columns = positions.remainder(min(total, self.capacity))
         self.positions = positions if self.padding is None else positions.clamp_min(0)
-        rolling = total > self.capacity
+        self._rolling = total > self.capacity
         self.first = None
-        if rolling and (new > 1 or in_order):
+        if self._rolling and (new > 1 or in_order):
             self.first = (self.positions[:, -1:] - self.attended + 1).clamp_min(0)
         self._masked = self.padding is not None or new > 1 or total != self.attended or self._windowed(total)
 
@@ -138,8 +138,9 @@ class KVCache:
             held = torch.arange(self.attended, device=self.device)  # positions of the keys
             if self.first is not None:
                 held = (self.first + held)[:, None]
-            elif self.length + self.positions.shape[1] > self.capacity:
-                held = (self.positions - (self.positions - held).remainder(self.capacity))[:, None]  # negative: nothing
+            elif self._rolling:
+                last = self.positions[:, -1:]
+                held = (last - (last - held).remainder(self.capacity))[:, None]  # negative: nothing yet
             hidden = (held > self.positions[..., None]) | (held < 0)
             if self.sliding_window is not None:
                 hidden |= held <= self.positions[..., None] - self.sliding_window
@@ -205,9 +206,8 @@ class KVCache:
         return (self._seen(stored[layer]) * self._seen(scales[layer])).to(self.dtype)
 
     def _store(self, tensor: Tensor, new: Tensor) -> None:
-        start, end = self.length, self.length + new.shape[2]
-        if self.padding is None and end <= self.capacity:
-            tensor[:, :, start:end] = new
+        if self.padding is None and not self._rolling:
+            tensor[:, :, self.length : self.length + new.shape[2]] = new
         else:
             tensor.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
 
@@ -227,6 +227,26 @@ class KVCache:
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in _STORED:
             setattr(self, name, [change(tensor) for tensor in getattr(self, name)])
+
+
+class StepCache(KVCache):
+    """Some rows of a cache within one pass of a few tokens, for functions that are compiled or recorded.
+
+    Whatever changes from pass to pass is computed from tensors: `positions` (rows, new) of the tokens, none of it
+    padding. The memory is the other cache's, with room for the tokens, and everything in it is attended to.
+    """
+
+    def __init__(self, cache: KVCache, memory: list[list[Tensor]], positions: Tensor) -> None:
+        self.keys, self.values, self.key_scales, self.value_scales = memory
+        self.dtype, self.sliding_window = cache.dtype, cache.sliding_window
+        self.padding = self.first = self._mask = None
+        self.length, self.row_state = 0, {}
+        self.attended = self.capacity
+        self.positions, self.columns = positions, positions.remainder(self.capacity)
+        self._masked = self._rolling = True  # the formulas that hold in any case
+
+    def prepare(self, new: int, in_order: bool = False) -> None:
+        """Nothing is left to prepare."""
 
 
 def _round_up(length: int) -> int:

@@ -37,6 +37,7 @@ from lit_llama.functional import (
 )
 
 if TYPE_CHECKING:
+    from lit_llama.compiled_decode import CompiledDecoder
     from lit_llama.cpu_decode import CPUDecoder
     from lit_llama.kv_cache import KVCache
 
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         self.attend: Callable[..., Tensor] = attention
         """How queries meet keys; a module in its place (`prompt_tuning.py`) adds learned ones."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask, cache: "KVCache | None") -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask | None, cache: "KVCache | None") -> Tensor:
         batch, length, _ = x.shape
         # (batch, length, heads * head_dim) -> (batch, heads, length, head_dim)
         shape = (batch, length, -1, self.head_dim)
@@ -134,7 +135,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask, cache: "KVCache | None") -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: CausalMask | None, cache: "KVCache | None") -> Tensor:
         normed = self.input_layernorm(x)
         with self._not_kept(normed, self.input_layernorm, x):
             x = x + self.self_attn(normed, cos, sin, mask, cache)
@@ -198,7 +199,9 @@ class LlamaModel(nn.Module):
             position_ids = torch.arange(length, device=input_ids.device)[None] if cache is None else cache.positions
         x = self.embed_tokens(input_ids)
         cos, sin = self.rotary_tables(position_ids, x.dtype)
-        mask = CausalMask(length, document_ids, self.config.sliding_window, x.device)
+        mask = None
+        if cache is None:  # which has one of its own
+            mask = CausalMask(length, document_ids, self.config.sliding_window, x.device)
         for layer in self.layers:
             x = self.run_layer(layer, x, cos, sin, mask, cache)
         if cache is not None:
@@ -226,8 +229,8 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.fingerprint: str | None = None
         """Which base checkpoint the weights came from (`checkpoint.fingerprint`); adapters remember it."""
-        self.decoder: CPUDecoder | None = None
-        """Computes what generation needs in place of the layers, where that is faster (`cpu_decode.py`)."""
+        self.decoder: CPUDecoder | CompiledDecoder | None = None
+        """Computes what generation needs in place of the layers, where that is faster."""
         self.labels: list[str] | None = None
         """Of a classifier, whose head has a row for each of them (`classification.py`)."""
 

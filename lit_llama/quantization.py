@@ -71,7 +71,8 @@ class QuantizedLinear(nn.Module):
         """The weight as stored, dense (out, in)."""
         if self.mode == "int8":
             return self.dequantize_rows(slice(None), dtype)
-        kernels = _bitsandbytes()
+        import bitsandbytes.functional as kernels  # there since `from_weight`; the compiler follows no cached function
+
         nested = None
         if self.mode == "nf4-dq":
             nested = kernels.QuantState(

@@ -251,10 +251,12 @@ def test_sources_without_a_prompt_are_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_benchmark_measures_both(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "report.json"
+    out, text = tmp_path / "report.json", tmp_path / "text.txt"
+    text.write_text("".join(f"The house of number {number} stands at the lake. " for number in range(100)))
     arguments = [
         "scripts/benchmark_generation.py", "--checkpoint_dir", checkpoint, "--out", out, "--dtype", "fp32",
         "--new_tokens", 8, "--prefill_tokens", 64, "--rounds", 1, "--threads", 1, "--device", "cpu",
+        "--text", text, "--contestants", '["lit-llama", "lit-llama int8, int8 cache", "transformers"]',
     ]  # fmt: skip
     report = json.loads(run_script(*arguments, env=ONE_THREAD).stdout)
     assert json.loads(out.read_text()) == report
@@ -262,5 +264,7 @@ def test_benchmark_measures_both(checkpoint: Path, tmp_path: Path) -> None:
     assert len(own["seconds"]["generate"]) == len(peer["seconds"]["prefill"]) == 3
     ratio = own["generate_tokens_per_second"] / peer["generate_tokens_per_second"]
     assert report["generate_speed_ratio"]["lit-llama"] == pytest.approx(ratio)
-    assert report["results"].keys() == {"lit-llama", "lit-llama int8", "transformers"}
-    assert report["leading_tokens_alike"] == [8]
+    assert report["leading_tokens_alike"]["lit-llama"] == [8]
+    assert own["perplexity"] == pytest.approx(peer["perplexity"], rel=1e-5)
+    assert 0 < abs(report["results"]["lit-llama int8, int8 cache"]["perplexity"] / peer["perplexity"] - 1) < 0.01
+    assert own["share_of_copy_bandwidth"] == own["gb_per_second"] / report["copy_gb_per_second"]
