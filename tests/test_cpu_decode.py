@@ -42,6 +42,20 @@ def random_model(**changes: object) -> Llama:
     return model.eval().requires_grad_(False)
 
 
+def stored(model: Llama, how: str) -> Llama:
+    """Its linear weights in fp32, bf16 or int8."""
+    if how == "bf16":
+        return model.bfloat16()
+    if how == "int8":
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                model.set_submodule(name, QuantizedLinear.from_weight(layer.weight, "int8"))
+    return model
+
+
+WEIGHTS = pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+
+
 def random_adapter(model: Llama, seed: int = 0, **options: object) -> None:
     inject_lora(model, LoRAConfig(r=5, **options))
     torch.manual_seed(seed)
@@ -94,8 +108,9 @@ def test_logits_are_those_of_transformers(tiny_checkpoint: Path, tmp_path: Path,
     torch.testing.assert_close(decoded(model, ids, 20), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_are_computed_as_each_would_be_alone() -> None:
-    model, ids = random_model(), token_ids(3, 30)
+@WEIGHTS
+def test_rows_are_computed_as_each_would_be_alone(weights: str) -> None:
+    model, ids = stored(random_model(), weights), token_ids(3, 30)
     together = decoded(model, ids, 10)
     assert all(torch.equal(together[row], decoded(model, ids[[row, row]], 10)[0]) for row in range(3))
     # Left-padded: the first tokens of a row are nothing.
@@ -103,22 +118,23 @@ def test_rows_are_computed_as_each_would_be_alone() -> None:
     padded = decoded(model, ids, 10, padding)
     for row, nothing in enumerate(padding.tolist()):
         alone = decoded(model, ids[[row, row], nothing:], 10 - nothing)[0]
-        torch.testing.assert_close(padded[row], alone, rtol=1e-5, atol=1e-5)
+        if weights != "bf16":  # whose prompts are products of PyTorch's, by as many rows as there are
+            torch.testing.assert_close(padded[row], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_several_tokens_a_step_are_computed_as_one_by_one() -> None:
-    model, ids, padding = (
-        random_model(sliding_window=9, model_type="mistral"),
-        token_ids(3, 31),
-        torch.tensor([0, 3, 7]),
-    )
+@WEIGHTS
+def test_several_tokens_a_step_are_computed_as_one_by_one(weights: str) -> None:
+    model = stored(random_model(sliding_window=9, model_type="mistral"), weights)
+    ids, padding = token_ids(3, 31), torch.tensor([0, 3, 7])
     one_by_one = decoded(model, ids, 10, padding)
     assert torch.equal(decoded(model, ids, 10, padding, a_step=4), one_by_one)
     assert torch.equal(decoded(model, ids, 10, padding, threads=3, a_step=21), one_by_one)
 
 
-def test_threads_share_the_work_and_change_nothing() -> None:
-    model, ids = random_model(hidden_size=288, intermediate_size=700), token_ids(4, 24)  # several pieces a product
+@WEIGHTS
+def test_threads_share_the_work_and_change_nothing(weights: str) -> None:
+    model = stored(random_model(hidden_size=288, intermediate_size=700), weights)  # several pieces a product
+    ids = token_ids(4, 24)
     assert torch.equal(decoded(model, ids, 4, threads=3), decoded(model, ids, 4))
 
 

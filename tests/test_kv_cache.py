@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cpu_decode import random_model, token_ids
 from torch import Tensor
 
 from lit_llama import kv_cache
 from lit_llama.batching import Engine, Request
-from lit_llama.config import LlamaConfig
 from lit_llama.cpu_decode import cpu_decoder
 from lit_llama.errors import InputError
 from lit_llama.generation import generate, prepare_to_generate
@@ -30,26 +30,13 @@ def short_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def random_model(**changes: object) -> Llama:
-    shape = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
-    config = LlamaConfig(**shape | dict(intermediate_size=64, vocab_size=320, max_position_embeddings=1024) | changes)
-    torch.manual_seed(0)
-    model = Llama(config)
-    model.initialize_(std=0.15)
-    return model.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_checkpoint(tiny_checkpoint)
 
 
 def rolling_model() -> Llama:
-    return random_model(sliding_window=WINDOW, model_type="mistral")
-
-
-def token_ids(rows: int, length: int, seed: int = 1) -> Tensor:
-    return torch.randint(320, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return random_model(sliding_window=WINDOW, model_type="mistral", max_position_embeddings=1024)
 
 
 @torch.inference_mode()
@@ -145,7 +132,7 @@ def test_int8_holds_every_head_to_half_a_step_of_its_scale(decoder: bool) -> Non
 def test_text_goes_on_as_without_a_rolling_window(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, decoder: bool, quantize: str | None
 ) -> None:
-    model, prompts = rolling_model(), [token_ids(1, length, length)[0].tolist() for length in (5, 90, 23, 130)]
+    model, prompts = rolling_model(), [token_ids(1, length)[0].tolist() for length in (5, 90, 23, 130)]
     if decoder:
         prepare_to_generate(model)
     with monkeypatch.context() as context:
