@@ -54,7 +54,8 @@ class CompiledDecoder:
         if self._graphs is None:
             logits = self._compute(tokens, positions, memory, cache)
         else:
-            key = (tokens.shape, *(tensor.data_ptr() for tensor in cache.tensors()))
+            # A later cache may lie where one lay, in another shape.
+            key = (tokens.shape, cache.keys[0].shape, *(tensor.data_ptr() for tensor in cache.tensors()))
             if key not in self._graphs:
                 self._compute(tokens, positions, memory, cache)  # compiles and warms up, which cannot be recorded
                 self._graphs[key] = _Graph(self._compute, tokens, positions, memory, cache)
