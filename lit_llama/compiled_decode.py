@@ -13,9 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lit_llama.command_line import progress
 from lit_llama.kv_cache import KVCache, StepCache
 from lit_llama.lora import lora_layers, merge_lora
 from lit_llama.model import Llama
+from lit_llama.quantization import HostEmbedding
 
 MOST_GRAPHS = 32
 """Recorded at a time: rows come and go, and memory grows. Each keeps the activations of a step."""
@@ -91,12 +93,19 @@ class _Graph:
 
 
 def compiled_decoder(model: Llama) -> CompiledDecoder | None:
-    """The compiled decoder of a model, or None where it does not apply: banks and trees of adapters, routed MLPs.
+    """The compiled decoder of a model; None, which is told, where it does not apply.
 
-    A LoRA adapter on weights that are not quantized is merged into them, in place.
+    It does not to banks and trees of adapters, routed MLPs, and an embedding in the host's memory beside a GPU. A LoRA
+    adapter on weights that are not quantized is merged into them, in place.
     """
-    routed = ("adapter_bank", "lora_tree", "mlp_routing")
-    if any(getattr(model, name, None) is not None for name in routed):
+    waits_for_host = {
+        "a bank of adapters": getattr(model, "adapter_bank", None) is not None,
+        "a tree of adapters": getattr(model, "lora_tree", None) is not None,
+        "routed MLPs": getattr(model, "mlp_routing", None) is not None,
+        "an embedding in the host's memory": isinstance(model.model.embed_tokens, HostEmbedding),
+    }
+    if why := [name for name, has in waits_for_host.items() if has]:
+        progress(f"not compiled: {' and '.join(why)}")
         return None
     layers = [layer for _, layer in lora_layers(model)]
     if layers and all(isinstance(layer.linear, nn.Linear) for layer in layers):

@@ -79,8 +79,11 @@ def test_text_over_quantized_weights(device: str, tiny_checkpoint: Path) -> None
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
 
 
-def test_what_chooses_an_adapter_by_row_goes_without(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_what_chooses_an_adapter_by_row_goes_without(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     model = load_model(tiny_checkpoint, torch.float32, quantize="nf4").eval()
     load_directory(model, write_adapters(tiny_checkpoint, tmp_path / "adapters", "lakes"))
     prepare_to_generate(model, compile=True)
     assert model.decoder is None
+    assert "not compiled: a bank of adapters" in capsys.readouterr().err
