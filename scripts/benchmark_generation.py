@@ -198,7 +198,7 @@ def measure(name: str, base: Shape, dtype: torch.dtype, numbers: dict[str, int],
         if not config.tie_word_embeddings:
             weight_bytes -= config.vocab_size * config.hidden_size * dtype.itemsize
         generate_with = transformers_generate(peer)
-        losses = transformers_losses(peer, rows)
+        score = partial(transformers_losses, peer)
     else:
         way = OWN[name]
         quantize, embeddings, cache = (way.get(key) for key in ("quantize", "embeddings", "quantize_cache"))
@@ -211,12 +211,14 @@ def measure(name: str, base: Shape, dtype: torch.dtype, numbers: dict[str, int],
             held = 1 + 4 / config.head_dim
         prepare_to_generate(model, way.get("compile", False))
         generate_with = partial(generate, model, quantize_cache=cache)
-        losses = step_losses(model, rows, cache)
+        score = partial(step_losses, model, quantize_cache=cache)
     short, long = (
         random_prompts(config.vocab_size, batch_size, numbers[which]) for which in ("prompt_tokens", "prefill_tokens")
     )
     generating = [timed(generate_with, short, new_tokens) for _ in range(1 + REPEATS)]
     prefilling = [timed(generate_with, long, 1) for _ in range(1 + REPEATS)]
+    peak = peak_memory_gb(base.device)  # without what scoring the text takes
+    losses = None if rows is None else score(rows)
     cached = batch_size * (numbers["prompt_tokens"] + new_tokens / 2)  # tokens, on average
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * held
     return {
@@ -224,8 +226,8 @@ def measure(name: str, base: Shape, dtype: torch.dtype, numbers: dict[str, int],
         "prefill": [seconds for _, seconds in prefilling[1:]],
         "tokens": generating[0][0],
         "bytes_per_step": weight_bytes + cached * size,
-        "peak_memory_gb": peak_memory_gb(base.device),
-        "perplexity": losses and math.exp(statistics.mean(losses)),
+        "peak_memory_gb": peak,
+        "perplexity": None if losses is None else math.exp(statistics.mean(losses)),
     }
 
 
@@ -244,10 +246,10 @@ def rows_of_text(path: Path, checkpoint_dir: Path, tokens: int) -> Tensor:
 
 
 @torch.inference_mode()
-def step_losses(model: Llama, rows: Tensor | None, quantize_cache: CacheQuantization | None) -> list[float]:
+def step_losses(model: Llama, rows: Tensor, quantize_cache: CacheQuantization | None) -> list[float]:
     """Loss of each token in its row, computed as steps of generation are."""
     losses: list[float] = []
-    for batch in () if rows is None else rows.split(8):
+    for batch in rows.split(8):
         weight = model.model.norm.weight
         cache = KVCache(model.config, len(batch), WINDOW, weight.dtype, weight.device, quantize=quantize_cache)
         logits = [logits_of(model, piece.contiguous(), cache).clone() for piece in batch.split(STEP, dim=1)]
@@ -256,9 +258,9 @@ def step_losses(model: Llama, rows: Tensor | None, quantize_cache: CacheQuantiza
 
 
 @torch.inference_mode()
-def transformers_losses(model: nn.Module, rows: Tensor | None) -> list[float]:
+def transformers_losses(model: nn.Module, rows: Tensor) -> list[float]:
     """The same by transformers' forward pass."""
-    return [loss for row in (() if rows is None else rows) for loss in token_losses(model(row[None]).logits, row[None])]
+    return [loss for row in rows for loss in token_losses(model(row[None]).logits, row[None])]
 
 
 def token_losses(logits: Tensor, rows: Tensor) -> list[float]:

@@ -266,5 +266,5 @@ def test_benchmark_measures_both(checkpoint: Path, tmp_path: Path) -> None:
     assert report["generate_speed_ratio"]["lit-llama"] == pytest.approx(ratio)
     assert report["leading_tokens_alike"]["lit-llama"] == [8]
     assert own["perplexity"] == pytest.approx(peer["perplexity"], rel=1e-5)
-    assert 0 < abs(report["results"]["lit-llama int8, int8 cache"]["perplexity"] / peer["perplexity"] - 1) < 0.01
+    assert 0 < abs(report["results"]["lit-llama int8, int8 cache"]["perplexity"] / peer["perplexity"] - 1) < 0.03
     assert own["share_of_copy_bandwidth"] == own["gb_per_second"] / report["copy_gb_per_second"]
