@@ -30,9 +30,9 @@ EXPERIMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Arms and options."""
 TIERS: dict[str, dict[str, dict[str, float]]] = {
     "cpu": {
-        "mixed": {"tokens": 15_000, "val_tokens": 4_000, "epochs": 1},
-        "single": {"tokens": 15_000, "val_tokens": 4_000, "epochs": 1},
-        "absorb": {"tokens": 3_000, "val_tokens": 1_000, "epochs": 6},
+        "mixed": {"tokens": 12_000, "val_tokens": 3_000, "epochs": 1},
+        "single": {"tokens": 12_000, "val_tokens": 3_000, "epochs": 1},
+        "absorb": {"tokens": 2_500, "val_tokens": 1_000, "epochs": 6},
     },
     "cuda": {
         "mixed": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
@@ -90,7 +90,8 @@ def main(
             ]
             for arm in arms
         }
-        complete([one for own in runs.values() for one in own], workers, threads)
+        # Seed by seed, so that what is done when it is stopped can be compared.
+        complete([own[seed] for seed in range(seeds) for own in runs.values() if seed < len(own)], workers, threads)
         measured = {arm: [read(one, "measured.json") for one in own] for arm, own in runs.items()}
         results[experiment] = {"tokens_a_domain": size["tokens"], "epochs": size["epochs"], "arms": {}}
         for arm, own in measured.items():
