@@ -23,8 +23,8 @@ python scripts/benchmark_adapters.py --device cuda --model llama-3-8b --out benc
 # Generation: one prompt against the card's copy bandwidth, then many at a time
 generate() { python scripts/benchmark_generation.py --device cuda --rounds 2 --model llama-3-8b --overwrite true "$@" > /dev/null; }
 generate --out benchmarks/generation_cuda_8b.json --contestants '["lit-llama", "lit-llama compile", "lit-llama int8 compile",
-  "lit-llama nf4", "lit-llama nf4 compile", "transformers"]'
+  "lit-llama int4 compile", "lit-llama nf4", "lit-llama nf4 compile", "transformers"]'
 for rows in 8 32 128; do
   generate --batch_size "$rows" --prefill_tokens 128 --out "benchmarks/generation_cuda_8b_$rows.json" \
-    --contestants '["lit-llama", "lit-llama compile", "lit-llama int8 compile", "transformers"]'
+    --contestants '["lit-llama", "lit-llama compile", "lit-llama int8 compile", "lit-llama int4 compile", "transformers"]'
 done

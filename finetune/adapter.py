@@ -22,7 +22,7 @@ class Arguments(TrainingArguments):
     adapter: LlamaAdapterConfig = field(default_factory=LlamaAdapterConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, learning_rate=9e-3, weight_decay=0.02))
     quantize: Quantization | None = None
-    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
+    """Keep the frozen base in 4 bits (nf4, nf4-dq, int4) or 8 bits (int8)."""
     embeddings: Embeddings | None = None
     """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
 

@@ -60,7 +60,7 @@ class Arguments(RunArguments):
     )
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(modules_to_save=["score"], embedding_learning_rate=1.0))
     quantize: Quantization | None = None
-    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
+    """Keep the frozen base in 4 bits (nf4, nf4-dq, int4) or 8 bits (int8)."""
     embeddings: Embeddings | None = None
     """Embedding in 8 bits (int8) or in the host's memory (cpu)."""
     partition: MLPRoutingConfig | None = None

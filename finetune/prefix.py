@@ -22,7 +22,7 @@ class Arguments(TrainingArguments):
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, learning_rate=2e-2))
     quantize: Quantization | None = None
-    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
+    """Keep the frozen base in 4 bits (nf4, nf4-dq, int4) or 8 bits (int8)."""
     embeddings: Embeddings | None = None
     """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
 

@@ -53,7 +53,8 @@ def load_model(
         checkpoint_dir: a Hugging Face directory of type llama or mistral with safetensors.
         dtype: of all weights that are not quantized.
         device: where the weights go.
-        quantize: None, or "nf4", "nf4-dq", "int8": the linear layers inside the blocks, one at a time while reading.
+        quantize: None, or "nf4", "nf4-dq", "int4", "int8": the linear layers inside the blocks, one at a time while
+            reading.
         embeddings: None, or "int8": embedding and head in 8 bits; "cpu": the embedding stays in the host's memory.
 
     Returns:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lit_llama.errors import InputError
 from lit_llama.files import read_json
 
-Quantization = Literal["nf4", "nf4-dq", "int8"]
+Quantization = Literal["nf4", "nf4-dq", "int4", "int8"]
 """Ways to store the base weights."""
 
 CacheQuantization = Literal["int8"]

@@ -67,7 +67,7 @@ class ContinualExperiment(RunOptions):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3, learning_rate=2e-4))
     eval: EvalConfig = field(default_factory=EvalConfig)
     quantize: Quantization | None = None
-    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8); merge writes it unquantized."""
+    """Keep the frozen base in 4 bits (nf4, nf4-dq, int4) or 8 bits (int8); merge writes it unquantized."""
     embeddings: Embeddings | None = None
     """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
     precision: str = "bf16"

@@ -1,9 +1,10 @@
 // A Llama on a CPU: a few tokens of a few rows at once with every weight read once, where it lies; and, of a prompt,
 // everything between the matrix products.
 //
-// Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32;
-// weights are fp32, bf16 or int8 with a scale a row, and so are keys and values. What is computed for a row does not
-// depend on the rows beside it. `cpu_decode.py` compiles this file and calls it.
+// Plain loops, which the compiler turns into vector instructions, and no library; it has to be told only how weights of
+// 4 bits are looked up. Residuals and activations are fp32; weights are fp32, bf16, int8 with a scale a row, or 4 bits
+// with a scale a group; keys and values are all but the last. What is computed for a row does not depend on the rows
+// beside it. `cpu_decode.py` compiles this file and calls it.
 
 #include <algorithm>
 #include <atomic>
@@ -12,6 +13,9 @@
 #include <cstring>
 #include <thread>
 #include <vector>
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -53,16 +57,84 @@ float dot(const T* a, const float* b, long n) {
     return sum;
 }
 
+constexpr long CHUNK = 32;  // weights of 4 bits that are looked up together; groups are multiples of it
+
+// The product of a row of weights of 4 bits with x, which is `arranged`: levels[code] * scale (+ minimum) of its group.
+template <class T>
+float dot(const uint8_t* codes, const float* levels, const T* scales, const T* minima, long group, const float* x,
+          long n) {
+#if defined(__AVX512F__)
+    __m512 even = _mm512_setzero_ps(), odd = even;
+    const __m512 sixteen = _mm512_loadu_ps(levels);
+    for (long g = 0; g < n / group; g++) {
+        const __m512 minimum = _mm512_set1_ps(minima ? value(minima[g]) : 0);
+        const __m512 table = _mm512_fmadd_ps(sixteen, _mm512_set1_ps(value(scales[g])), minimum);
+        for (const float* end = x + group; x < end; x += CHUNK, codes += CHUNK / 2) {
+            // The look-up takes the lower four bits of each number.
+            const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+            const __m512 first = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
+            even = _mm512_fmadd_ps(first, _mm512_loadu_ps(x), even);
+            odd = _mm512_fmadd_ps(_mm512_permutexvar_ps(pairs, table), _mm512_loadu_ps(x + CHUNK / 2), odd);
+        }
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+#elif defined(__AVX2__) && defined(__FMA__)
+    __m256 even = _mm256_setzero_ps(), odd = even;
+    for (long g = 0; g < n / group; g++) {
+        const __m256 minimum = _mm256_set1_ps(minima ? value(minima[g]) : 0), scale = _mm256_set1_ps(value(scales[g]));
+        const __m256 lower = _mm256_fmadd_ps(_mm256_loadu_ps(levels), scale, minimum);
+        const __m256 upper = _mm256_fmadd_ps(_mm256_loadu_ps(levels + 8), scale, minimum);
+        // Looked up by the lower three bits in both halves of the table; the fourth, as a sign, says which it was.
+        auto look_up = [&](__m256i code) {
+            const __m256 low = _mm256_permutevar8x32_ps(lower, code), high = _mm256_permutevar8x32_ps(upper, code);
+            return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+        };
+        for (const float* end = x + group; x < end; x += CHUNK, codes += CHUNK / 2)
+            for (long i = 0; i < CHUNK / 2; i += 8) {
+                const __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)));
+                even = _mm256_fmadd_ps(look_up(_mm256_srli_epi32(pairs, 4)), _mm256_loadu_ps(x + i), even);
+                odd = _mm256_fmadd_ps(look_up(pairs), _mm256_loadu_ps(x + CHUNK / 2 + i), odd);
+            }
+    }
+    float lanes[8];
+    _mm256_storeu_ps(lanes, _mm256_add_ps(even, odd));
+    return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+#else
+    float sum = 0;
+    for (long g = 0; g < n / group; g++) {
+        float table[16], minimum = minima ? value(minima[g]) : 0;
+        for (long i = 0; i < 16; i++) table[i] = levels[i] * value(scales[g]) + minimum;
+        for (const float* end = x + group; x < end; x += CHUNK, codes += CHUNK / 2)
+            for (long i = 0; i < CHUNK / 2; i++)
+                sum += table[codes[i] >> 4] * x[i] + table[codes[i] & 15] * x[CHUNK / 2 + i];
+    }
+    return sum;
+#endif
+}
+
+// Of each chunk, the numbers of even places and then those of odd ones, as they lie in the halves of bytes.
+inline void arrange(const float* x, long n, float* to) {
+    for (long start = 0; start < n; start += CHUNK)
+        for (long i = 0; i < CHUNK / 2; i++) {
+            to[start + i] = x[start + 2 * i];
+            to[start + CHUNK / 2 + i] = x[start + 2 * i + 1];
+        }
+}
+
 }  // namespace
 
 extern "C" {
 
-enum Kind : int64_t { FP32, BF16, INT8 };
+enum Kind : int64_t { FP32, BF16, INT8, FOUR_BITS };
 
 struct Matrix {  // (out, in), rows one after the other
     int64_t kind, out, in;
     const void* weight;
-    const float* scales;  // of int8, one a row
+    const void* scales;  // of int8 fp32, one a row; of 4 bits one a group
+    // Of 4 bits:
+    const void* minima;   // null: nothing is added
+    const float* levels;  // 16
+    int64_t group, bf16;  // bf16: scales and minima, else fp32
 };
 
 struct LowRank {  // what an adapter adds to a matrix: B A x
@@ -99,11 +171,20 @@ struct Prompt {
 
 namespace {
 
+template <class T>
+float four_bits_dot(const Matrix& m, long row, const float* arranged) {
+    const T *scales = (const T*)m.scales + row * (m.in / m.group), *minima = nullptr;
+    if (m.minima) minima = (const T*)m.minima + row * (m.in / m.group);
+    return dot((const uint8_t*)m.weight + row * m.in / 2, m.levels, scales, minima, m.group, arranged, m.in);
+}
+
+// x, for a matrix of 4 bits arranged, by one row.
 float row_dot(const Matrix& m, long row, const float* x) {
     long at = row * m.in;
     if (m.kind == FP32) return dot((const float*)m.weight + at, x, m.in);
     if (m.kind == BF16) return dot((const uint16_t*)m.weight + at, x, m.in);
-    return dot((const int8_t*)m.weight + at, x, m.in) * m.scales[row];
+    if (m.kind == INT8) return dot((const int8_t*)m.weight + at, x, m.in) * ((const float*)m.scales)[row];
+    return m.bf16 ? four_bits_dot<uint16_t>(m, row, x) : four_bits_dot<float>(m, row, x);
 }
 
 // Half-split, as Hugging Face; `to` may be x.
@@ -209,7 +290,16 @@ struct Decoder {
         });
     }
 
-    // store(token, j, output j of the matrix with the token's adapter) for a piece of the outputs.
+    // x of every token as the matrices read it, which share it; by each thread for itself.
+    const float* arranged(long matrix, const float* x, std::vector<float>& own) const {
+        const Matrix& m = matrices[matrix];
+        if (m.kind != FOUR_BITS) return x;
+        own.resize(step.tokens * m.in);
+        arrange(x, step.tokens * m.in, own.data());
+        return own.data();
+    }
+
+    // store(token, j, output j of the matrix with the token's adapter) for a piece of the outputs; x is `arranged`.
     template <class Store>
     void multiply(long piece, long matrix, const float* x, Store store) {
         const Matrix& m = matrices[matrix];
@@ -222,11 +312,12 @@ struct Decoder {
             }
     }
 
-    void add_to_residual(long& number, long matrix, const std::vector<float>& from) {
+    void add_to_residual(long& number, long matrix, const std::vector<float>& from, std::vector<float>& own) {
         long out = matrices[matrix].out;
         lower(number, matrix, 1, from.data(), matrices[matrix].in);
+        const float* x = arranged(matrix, from.data(), own);
         phase(number, pieces(matrix), [&](long piece) {
-            multiply(piece, matrix, from.data(), [&](long token, long j, float y) { step.x[token * out + j] += y; });
+            multiply(piece, matrix, x, [&](long token, long j, float y) { step.x[token * out + j] += y; });
         });
     }
 
@@ -318,19 +409,20 @@ struct Decoder {
     }
 
     void forward() {
-        std::vector<float> normed, weights;
+        std::vector<float> normed, weights, own;
         long number = 0, hidden = shape.hidden, heads = step.tokens * shape.kv_heads;
         long q_size = shape.heads * shape.head_dim, kv_size = shape.kv_heads * shape.head_dim;
         for (long layer = 0; layer < shape.layers; layer++) {
             long first = layer * SLOTS;
             normalise(norms[2 * layer], normed);
             lower(number, first + Q, 3, normed.data(), hidden);
+            const float* x = arranged(first + Q, normed.data(), own);
             long outputs = q_size + 2 * kv_size, q_pieces = pieces(first + Q), kv_pieces = pieces(first + K);
             phase(number, q_pieces + 2 * kv_pieces, [&](long piece) {
                 long slot = piece < q_pieces ? Q : piece < q_pieces + kv_pieces ? K : V;
                 long offset = slot == Q ? 0 : q_size + (slot - K) * kv_size;
                 piece -= slot == Q ? 0 : q_pieces + (slot - K) * kv_pieces;
-                multiply(piece, first + slot, normed.data(),
+                multiply(piece, first + slot, x,
                          [&](long token, long j, float y) { qkv[token * outputs + offset + j] = y; });
             });
             if (step.length > 1)  // a token sees those before it in the step
@@ -340,21 +432,22 @@ struct Decoder {
                 if (step.length == 1) remember(layer, token, kv_head);
                 attend(layer, token, kv_head, weights);
             });
-            add_to_residual(number, first + O, attended);
+            add_to_residual(number, first + O, attended, own);
             normalise(norms[2 * layer + 1], normed);
             lower(number, first + GATE, 2, normed.data(), hidden);
+            x = arranged(first + GATE, normed.data(), own);
             phase(number, pieces(first + GATE), [&](long piece) {
                 auto at = [&](long token, long j) -> float& { return product_of[token * shape.intermediate + j]; };
-                multiply(piece, first + GATE, normed.data(),
-                         [&](long token, long j, float y) { at(token, j) = silu(y); });
-                multiply(piece, first + UP, normed.data(), [&](long token, long j, float y) { at(token, j) *= y; });
+                multiply(piece, first + GATE, x, [&](long token, long j, float y) { at(token, j) = silu(y); });
+                multiply(piece, first + UP, x, [&](long token, long j, float y) { at(token, j) *= y; });
             });
-            add_to_residual(number, first + DOWN, product_of);
+            add_to_residual(number, first + DOWN, product_of, own);
         }
         normalise(norms[2 * shape.layers], normed);
         long head = matrices.size() - 1;
+        const float* x = arranged(head, normed.data(), own);
         phase(number, pieces(head), [&](long piece) {
-            multiply(piece, head, normed.data(),
+            multiply(piece, head, x,
                      [&](long token, long j, float y) { step.logits[token * shape.vocab + j] = y; });
         });
     }

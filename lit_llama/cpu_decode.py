@@ -31,7 +31,7 @@ from lit_llama.functional import QUERY_BLOCK, attention
 from lit_llama.kv_cache import KVCache
 from lit_llama.lora_linear import LoRALinear
 from lit_llama.model import MLP, Llama, rotary_inverse_frequencies
-from lit_llama.quantization import QuantizedLinear
+from lit_llama.quantization import FourBitWeight, QuantizedLinear
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = (
@@ -41,11 +41,16 @@ _FLAGS = (
     # Sums may be taken in any order, nothing is infinite, and nobody asks for the exceptions of arithmetic.
     "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffinite-math-only",
 )  # fmt: skip
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, torch.int8: 2}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_FOUR_BITS = 3
 
 
 class _Matrix(Structure):
-    _fields_ = [("kind", c_int64), ("out", c_int64), ("input", c_int64), ("weight", c_void_p), ("scales", c_void_p)]
+    _fields_ = [
+        *((name, c_int64) for name in ("kind", "out", "input")),
+        *((name, c_void_p) for name in ("weight", "scales", "minima", "levels")),
+        *((name, c_int64) for name in ("group", "bf16")),
+    ]
 
 
 class _LowRank(Structure):
@@ -108,8 +113,9 @@ class CPUDecoder:
             config.rms_norm_eps,
             model.model.norm.weight.dtype == torch.bfloat16,
         )
-        matrices = (_Matrix * len(weights))(*map(_matrix, weights))
-        self._weights = weights  # their memory is read for as long as this lives
+        four_bits = [layer.four_bits() if isinstance(layer, QuantizedLinear) else None for layer in weights]
+        matrices = (_Matrix * len(weights))(*map(_matrix, weights, four_bits))
+        self._weights, self._four_bits = weights, four_bits  # their memory is read for as long as this lives
         self.handle = c_void_p(
             library.decoder_new(ctypes.byref(shape), matrices, _pointers(self._norms), torch.get_num_threads())
         )
@@ -219,8 +225,9 @@ class CPUDecoder:
 def cpu_decoder(model: Llama) -> CPUDecoder | None:
     """The decoder of a model, or None where it does not apply.
 
-    It applies to fp32 and bf16 weights on a CPU, as they are or in int8, with or without a LoRA adapter or a bank of
-    them that has no memory limit; not to NF4, DoRA, an adapted head, prompt tuning, trees of adapters, routed MLPs.
+    It applies to fp32 and bf16 weights on a CPU, as they are or quantized, with or without a LoRA adapter or a bank of
+    them that has no memory limit; not to DoRA, an adapted head, prompt tuning, trees of adapters, routed MLPs, and NF4
+    of rows that do not begin with a block.
     """
     weight = model.model.norm.weight
     layers = [
@@ -238,6 +245,8 @@ def cpu_decoder(model: Llama) -> CPUDecoder | None:
         return None
     if not all(map(_supported, layers)) or not _supported(model.lm_head) or isinstance(model.lm_head, LoRALinear):
         return None
+    if len({getattr(layer, "mode", None) for layer in map(_base_layer, layers)}) > 1:
+        return None
     library = _library()
     return None if library is None else CPUDecoder(model, [*layers, model.lm_head], library)
 
@@ -253,15 +262,19 @@ def _supported(layer: nn.Module | None) -> bool:
     if isinstance(layer, LoRALinear | BankedLinear):
         return _supported(_base_layer(layer))
     if isinstance(layer, QuantizedLinear):
-        return layer.mode in _KINDS
+        return layer.mode == "int8" or layer.four_bits() is not None
     return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
-def _matrix(layer: nn.Module) -> _Matrix:
+def _matrix(layer: nn.Module, four_bits: FourBitWeight | None) -> _Matrix:
+    size = (layer.out_features, layer.in_features)
+    if four_bits is not None:
+        codes, levels, scales, minima, group = four_bits
+        tensors = (None if tensor is None else _pointer(tensor) for tensor in (codes, scales, minima, levels))
+        return _Matrix(_FOUR_BITS, *size, *tensors, group, scales.dtype == torch.bfloat16)
     if isinstance(layer, QuantizedLinear):
-        size = (layer.out_features, layer.in_features)
-        return _Matrix(_KINDS[layer.mode], *size, layer.codes.data_ptr(), layer.scale.data_ptr())
-    return _Matrix(_KINDS[layer.weight.dtype], *layer.weight.shape, layer.weight.data_ptr(), None)
+        return _Matrix(_KINDS[torch.int8], *size, _pointer(layer.codes), _pointer(layer.scale))
+    return _Matrix(_KINDS[layer.weight.dtype], *size, _pointer(layer.weight))
 
 
 def _base_layer(layer: nn.Module) -> nn.Module:

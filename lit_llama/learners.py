@@ -32,7 +32,7 @@ class LoRARunArguments(RunArguments):
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     quantize: Quantization | None = None
-    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
+    """Keep the frozen base in 4 bits (nf4, nf4-dq, int4) or 8 bits (int8)."""
     embeddings: Embeddings | None = None
     """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
     start_adapter: Path | None = None
@@ -56,7 +56,7 @@ class LoRATreeArguments(TrainingArguments):
 
     lora_tree: LoRATreeConfig = field(default_factory=LoRATreeConfig)
     quantize: Quantization | None = None
-    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
+    """Keep the frozen base in 4 bits (nf4, nf4-dq, int4) or 8 bits (int8)."""
     embeddings: Embeddings | None = None
     """Embedding and head in 8 bits (int8), or the embedding in the host's memory (cpu)."""
 

@@ -17,7 +17,7 @@ from lit_llama.lora import LoRAConfig
 from lit_llama.loss import chunk_sizes
 
 # Bytes of a stored weight of the decoder layers, scales included (int8: plus 4 a row, left out).
-_QUANTIZED_BYTES = {"nf4": 4.5 / 8, "nf4-dq": 4.127 / 8, "int8": 1.0}
+_QUANTIZED_BYTES = {"nf4": 4.5 / 8, "nf4-dq": 4.127 / 8, "int4": 5 / 8, "int8": 1.0}
 
 # What glibc's heap and oneDNN's scratch memory hold beyond the tensors on a CPU: a share of all activations, some
 # layers' worth of them, and a library. Fitted to 21 runs of SmolLM2-135M (512 and 2,048 tokens, every switch), all of

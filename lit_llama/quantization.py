@@ -1,7 +1,9 @@
 """Linear layers whose frozen weight is stored in 4 or 8 bits: the base of QLoRA and of generation in little memory.
 
     nf4      4-bit NormalFloat, blocks of 64 with an fp32 scale each: 4.5 bits a weight (Dettmers et al. 2023, arXiv
-    2305.14314) nf4-dq   the same with the scales quantized to 8 bits too ("double quantization"): 4.127 bits a weight
+             2305.14314)
+    nf4-dq   the same with the scales quantized to 8 bits too ("double quantization"): 4.127 bits a weight
+    int4     4-bit integers, a bf16 scale and minimum for each 32 of a row: 5 bits a weight (as Q4_1 of llama.cpp)
     int8     8-bit integers with one fp32 scale an output row
 
 The kernels of NF4 are bitsandbytes'. The layer is our own because bitsandbytes' repacks its weight in place on some
@@ -14,7 +16,7 @@ import logging
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,25 @@ from lit_llama.errors import InputError
 
 _NF4_BLOCK = 64
 _SCALES_BLOCK = 256
+_INT4_GROUP = 32
 # Rows that are dense at one time of a weight as tall as the vocabulary.
 _ROWS = 8192
+# Weights that int4 is fitted to at a time: few enough for a processor's cache.
+_FITTED = 1 << 19
+
+
+class FourBitWeight(NamedTuple):
+    """A weight (out, in) of one number of a table of 16 each, scaled: levels[code] * scale (+ minimum) of its group."""
+
+    codes: Tensor
+    """uint8, out * in / 2: row by row two a byte, the first in its upper half."""
+    levels: Tensor
+    """fp32 (16,)"""
+    scales: Tensor
+    """fp32 or bf16, out * in / group."""
+    minima: Tensor | None
+    """As the scales; None: nothing is added."""
+    group: int
 
 
 class QuantizedLinear(nn.Module):
@@ -43,7 +62,7 @@ class QuantizedLinear(nn.Module):
         """Quantize a dense weight (out, in) on the device where it lies.
 
         Raises:
-            InputError: unknown mode, or bitsandbytes missing for NF4.
+            InputError: unknown mode, rows that int4 cannot group, or bitsandbytes missing for NF4.
         """
         if mode not in get_args(Quantization):
             raise InputError(f"quantize = {mode!r} is not one of {', '.join(get_args(Quantization))}")
@@ -53,6 +72,16 @@ class QuantizedLinear(nn.Module):
             pieces = [to_int8(piece) for piece in weight.split(_ROWS)]
             layer.register_buffer("codes", torch.cat([codes for codes, _ in pieces]))
             layer.register_buffer("scale", torch.cat([scale for _, scale in pieces]))  # (out, 1)
+            return layer
+        if mode == "int4":
+            if weight.shape[1] % _INT4_GROUP:
+                raise InputError(
+                    f"int4 needs layers whose inputs are a multiple of {_INT4_GROUP}, not {weight.shape[1]}:"
+                    " use nf4 or int8"
+                )
+            pieces = [to_int4(piece) for piece in weight.split(max(1, _FITTED // weight.shape[1]))]
+            for name, tensors in zip(("codes", "scales", "minima"), zip(*pieces, strict=True), strict=True):
+                layer.register_buffer(name, torch.cat(tensors))
             return layer
         kernels = _bitsandbytes()
         codes, state = kernels.quantize_4bit(
@@ -71,6 +100,10 @@ class QuantizedLinear(nn.Module):
         """The weight as stored, dense (out, in)."""
         if self.mode == "int8":
             return self.dequantize_rows(slice(None), dtype)
+        if self.mode == "int4":
+            codes = torch.stack((self.codes >> 4, self.codes & 15), dim=-1).view(*self.scales.shape, _INT4_GROUP)
+            parts = (self.minima[..., None], codes, self.scales[..., None])
+            return torch.addcmul(*(part.to(dtype) for part in parts)).view(self.out_features, self.in_features)
         import bitsandbytes.functional as kernels  # there since `from_weight`; the compiler follows no cached function
 
         nested = None
@@ -89,6 +122,24 @@ class QuantizedLinear(nn.Module):
             state2=nested,
         )
         return kernels.dequantize_4bit(self.codes, state)
+
+    def four_bits(self) -> FourBitWeight | None:
+        """How the weight is stored; None for 8 bits, and where rows do not begin with a group of their own.
+
+        No copy, but that double quantization's scales are made whole.
+        """
+        if self.mode == "int4":
+            levels = torch.arange(16, dtype=torch.float32, device=self.codes.device)
+            return FourBitWeight(self.codes, levels, self.scales, self.minima, _INT4_GROUP)
+        if self.mode == "int8" or self.in_features % _NF4_BLOCK:
+            return None
+        scales = self.scales
+        if self.mode == "nf4-dq":
+            scales = _bitsandbytes().dequantize_blockwise(
+                scales, absmax=self.scales_scales, code=self.scales_levels, blocksize=_SCALES_BLOCK
+            )
+            scales = scales + self.scales_mean
+        return FourBitWeight(self.codes, self.levels, scales, None, _NF4_BLOCK)
 
     def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of an int8 weight, dense; a tensor of indices gives (*its shape, in)."""
@@ -155,6 +206,35 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x / scale).to(torch.int8), scale
 
 
+def to_int4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes uint8 (rows, n / 2), scale bf16 (rows, n / 32), minimum bf16 likewise) of a dense x (rows, n).
+
+    A number is code * scale + minimum of its group. They span the group at first; then the line through its numbers
+    that is best by least squares for their codes is taken where it is nearer: that undoes what rounding the scale did.
+    """
+    groups = x.float().unflatten(-1, (-1, _INT4_GROUP))
+
+    def fit(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale, minimum = scale.bfloat16(), minimum.bfloat16()
+        codes = ((groups - minimum) / scale.float()).round_().clamp_(0, 15)
+        error = (torch.addcmul(minimum.float(), codes, scale.float()) - groups).square_().sum(dim=-1, keepdim=True)
+        return codes, scale, minimum, error
+
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    spanning = fit(((high - low) / 15).clamp_(min=1e-12), low)
+    codes, scale = spanning[0], spanning[1].float()
+    mean, mean_code = groups.mean(dim=-1, keepdim=True), codes.mean(dim=-1, keepdim=True)
+    apart = codes - mean_code
+    slope = (apart * (groups - mean)).sum(dim=-1, keepdim=True) / apart.square().sum(dim=-1, keepdim=True).clamp_(min=1)
+    slope = torch.where(slope > 0, slope, scale)
+    fitted = fit(slope, mean - slope * mean_code)
+    codes, scale, minimum, _ = (
+        torch.where(fitted[-1] < spanning[-1], new, old) for new, old in zip(fitted, spanning, strict=True)
+    )
+    codes = codes.flatten(1).to(torch.uint8)
+    return codes[:, ::2] << 4 | codes[:, 1::2], scale[..., 0], minimum[..., 0]
+
+
 @cache
 def _bitsandbytes() -> ModuleType:
     # On import it warns that a package of extra kernels is missing, which would fetch code from a hub.
@@ -162,5 +242,5 @@ def _bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes.functional
     except ImportError:
-        raise InputError("NF4 needs the package bitsandbytes: pip install bitsandbytes, or use int8") from None
+        raise InputError("NF4 needs the package bitsandbytes: pip install bitsandbytes, or use int4 or int8") from None
     return bitsandbytes.functional

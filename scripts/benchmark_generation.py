@@ -42,15 +42,19 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 """(prompts, new tokens) -> exactly so many new tokens of each prompt, greedily."""
 
 INT8 = {"quantize": "int8", "embeddings": "int8"}
+INT4 = {"quantize": "int4", "embeddings": "int8"}
 OWN: dict[str, dict[str, Any]] = {
     "lit-llama": {},
     "lit-llama int8": INT8,
     "lit-llama int8 cache": {"quantize_cache": "int8"},
     "lit-llama int8, int8 cache": {**INT8, "quantize_cache": "int8"},
+    "lit-llama int4": INT4,
+    "lit-llama int4, int8 cache": {**INT4, "quantize_cache": "int8"},
     "lit-llama nf4": {"quantize": "nf4"},
     "lit-llama nf4-dq": {"quantize": "nf4-dq"},
     "lit-llama compile": {"compile": True},
     "lit-llama int8 compile": {**INT8, "compile": True},
+    "lit-llama int4 compile": {**INT4, "compile": True},
     "lit-llama nf4 compile": {"quantize": "nf4", "compile": True},
 }
 """How weights and cache are held, and what computes a step."""

@@ -33,7 +33,7 @@ class Arguments(TrainingArguments):
         default_factory=lambda: TrainConfig(max_steps=100, learning_rate=5e-3, final_learning_rate=0, warmup_steps=6)
     )
     quantize: Quantization | None = None
-    """Keep the frozen base in 4 bits (nf4, nf4-dq) or 8 bits (int8)."""
+    """Keep the frozen base in 4 bits (nf4, nf4-dq, int4) or 8 bits (int8)."""
 
 
 def main(arguments: Arguments) -> None:

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from lit_llama.adapters import load_directory
 from lit_llama.checkpoint import load_model
-from lit_llama.compiled_decode import CompiledDecoder, compiled_decoder
+from lit_llama.compiled_decode import compiled_decoder
 from lit_llama.config import LlamaConfig
 from lit_llama.generation import generate, prepare_to_generate
 from lit_llama.kv_cache import KVCache
@@ -54,22 +54,23 @@ def test_rows_memory_and_guesses_are_symbols(device: str) -> None:
         pieces = ids[:rows].split(lengths, dim=1)
         decoder.read(pieces[0], cache)
         for piece, wanted in zip(pieces[1:], expected[rows][1:], strict=True):
-            torch.testing.assert_close(decoder(piece.contiguous(), cache), wanted, rtol=1e-3, atol=1e-3)
+            # A key or value near the middle of two codes may take the other one.
+            assert (decoder(piece.contiguous(), cache) - wanted).norm() < 0.01 * wanted.norm()
         assert cache.length == 100 and counters["stats"]["unique_graphs"] == compiled
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("quantize", ["nf4-dq", "int4"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_text_over_quantized_weights(device: str, tiny_checkpoint: Path) -> None:
-    model = load_model(tiny_checkpoint, torch.float32, device, quantize="nf4-dq").eval()
+def test_text_over_quantized_weights(device: str, quantize: str, tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint, torch.float32, device, quantize=quantize).eval()
     inject_lora(model, LoRAConfig(r=4))
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     model.eval().requires_grad_(False)
     prompts = [[5, 6, 7], [9] * 20, [11, 12]]
     expected = generate(model, prompts, 30)
-    prepare_to_generate(model, compile=True)
-    assert isinstance(model.decoder, CompiledDecoder)
+    model.decoder = compiled_decoder(model)
     assert generate(model, prompts, 30) == expected
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     # As another process would, it finds what was compiled.

@@ -1,5 +1,6 @@
 """The CPU's decoder against transformers and PEFT, and itself: alone and beside others, by one thread and by more."""
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,18 +43,21 @@ def random_model(**changes: object) -> Llama:
     return model.eval().requires_grad_(False)
 
 
-def stored(model: Llama, how: str) -> Llama:
-    """Its linear weights in fp32, bf16 or int8."""
-    if how == "bf16":
+FOUR_BITS = ["int4", "nf4", "nf4-dq"]
+WHOLE_GROUPS = dict(hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=192)
+WEIGHTS = pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", *FOUR_BITS])
+
+
+def model_of(weights: str, **changes: object) -> Llama:
+    """A random model with its linear weights in fp32, bf16, 8 or 4 bits."""
+    model = random_model(**(WHOLE_GROUPS if weights in FOUR_BITS else {}) | changes)
+    if weights == "bf16":
         return model.bfloat16()
-    if how == "int8":
+    if weights != "fp32":
         for name, layer in list(model.named_modules()):
             if isinstance(layer, torch.nn.Linear):
-                model.set_submodule(name, QuantizedLinear.from_weight(layer.weight, "int8"))
+                model.set_submodule(name, QuantizedLinear.from_weight(layer.weight, weights))
     return model
-
-
-WEIGHTS = pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
 
 
 def random_adapter(model: Llama, seed: int = 0, **options: object) -> None:
@@ -110,7 +114,7 @@ def test_logits_are_those_of_transformers(tiny_checkpoint: Path, tmp_path: Path,
 
 @WEIGHTS
 def test_rows_are_computed_as_each_would_be_alone(weights: str) -> None:
-    model, ids = stored(random_model(), weights), token_ids(3, 30)
+    model, ids = model_of(weights), token_ids(3, 30)
     together = decoded(model, ids, 10)
     assert all(torch.equal(together[row], decoded(model, ids[[row, row]], 10)[0]) for row in range(3))
     # Left-padded: the first tokens of a row are nothing.
@@ -124,7 +128,7 @@ def test_rows_are_computed_as_each_would_be_alone(weights: str) -> None:
 
 @WEIGHTS
 def test_several_tokens_a_step_are_computed_as_one_by_one(weights: str) -> None:
-    model = stored(random_model(sliding_window=9, model_type="mistral"), weights)
+    model = model_of(weights, sliding_window=9, model_type="mistral")
     ids, padding = token_ids(3, 31), torch.tensor([0, 3, 7])
     one_by_one = decoded(model, ids, 10, padding)
     assert torch.equal(decoded(model, ids, 10, padding, a_step=4), one_by_one)
@@ -133,7 +137,7 @@ def test_several_tokens_a_step_are_computed_as_one_by_one(weights: str) -> None:
 
 @WEIGHTS
 def test_threads_share_the_work_and_change_nothing(weights: str) -> None:
-    model = stored(random_model(hidden_size=288, intermediate_size=700), weights)  # several pieces a product
+    model = model_of(weights, hidden_size=320, intermediate_size=704)  # several pieces a product
     ids = token_ids(4, 24)
     assert torch.equal(decoded(model, ids, 4, threads=3), decoded(model, ids, 4))
 
@@ -148,17 +152,35 @@ def test_bf16_is_no_further_from_the_truth_than_the_model_itself() -> None:
     assert 0 < (found - expected).abs().max() <= (own - expected).abs().max()
 
 
-def test_int8_weights_are_used_as_stored(tiny_checkpoint: Path) -> None:
-    model = load_model(tiny_checkpoint, torch.float32, quantize="int8", embeddings="int8").eval()
-    dense = load_model(tiny_checkpoint, torch.float32).eval()
+@pytest.mark.parametrize("quantize", ["int8", *FOUR_BITS])
+def test_quantized_weights_are_used_as_stored(tiny_checkpoint: Path, tmp_path: Path, quantize: str) -> None:
+    base, shape = tmp_path / "base", WHOLE_GROUPS | {"tie_word_embeddings": True}
+    save_checkpoint(random_model(**shape), base, tokenizer_from=tiny_checkpoint)
+    model = load_model(base, torch.float32, quantize=quantize, embeddings="int8").eval()
+    dense = load_model(base, torch.float32).eval()
     for name in [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]:
-        stored, target = model.get_submodule(name), name.replace(".table", "")
-        dense.get_submodule(target).weight = torch.nn.Parameter(stored.codes.float() * stored.scale)
+        weight, target = model.get_submodule(name).dequantize(torch.float32), name.replace(".table", "")
+        dense.get_submodule(target).weight = torch.nn.Parameter(weight)
     dense.lm_head.weight = dense.model.embed_tokens.weight
     ids = token_ids(2, 40)
     with torch.inference_mode():
         expected = dense(ids)[:, 20:]
     torch.testing.assert_close(decoded(model, ids, 20), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("without", [["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2", "-mno-fma"]])
+def test_older_processors_compute_the_same(without: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, ids = [model_of(weights) for weights in ("fp32", "int8", "int4", "nf4")], token_ids(2, 20)
+    expected = [decoded(model, ids, 10) for model in models]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_decode, "_FLAGS", (*cpu_decode._FLAGS, *without))
+    cpu_decode._library.cache_clear()
+    try:
+        for model, logits in zip(models, expected, strict=True):
+            torch.testing.assert_close(decoded(model, ids, 10), logits, rtol=1e-4, atol=1e-4)
+    finally:
+        cpu_decode._library.cache_clear()
 
 
 @pytest.mark.parametrize("options", [{}, {"rslora": True, "targets": ["v_proj", "down_proj"]}, {"init": "pissa"}])
@@ -215,8 +237,13 @@ def test_in_bf16_a_prompt_beside_longer_ones_is_answered_as_alone() -> None:
 
 def test_models_that_it_does_not_know_go_without(tiny_checkpoint: Path) -> None:
     assert cpu_decoder(random_model().to(torch.float16)) is None
-    for quantize in ("nf4", "nf4-dq"):
-        assert cpu_decoder(load_model(tiny_checkpoint, torch.float32, quantize=quantize)) is None
+    model = random_model(**WHOLE_GROUPS | {"intermediate_size": 96})
+    mlp = model.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj"):  # the layers are of two kinds
+        setattr(mlp, name, QuantizedLinear.from_weight(getattr(mlp, name).weight, "nf4"))
+    assert cpu_decoder(model) is None
+    mlp.down_proj = QuantizedLinear.from_weight(mlp.down_proj.weight, "nf4")  # a row is one and a half blocks
+    assert mlp.down_proj.four_bits() is None and cpu_decoder(model) is None
     model = random_model()
     random_adapter(model, dora=True)
     assert cpu_decoder(model) is None

@@ -79,7 +79,7 @@ def test_activation_settings_change_nothing(activations: ActivationConfig, devic
         assert (gradient - expected[name]).abs().max() <= 1e-5 * max(1, expected[name].abs().max()), name
 
 
-@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int4", "int8"])
 def test_quantized_on_the_device_as_on_the_cpu(mode: str, device: str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(96, 64)

@@ -158,7 +158,7 @@ def test_stop_strings_and_system_message(checkpoint: Path, capsys: pytest.Captur
     assert answer(checkpoint, capsys, prompt=PROMPTS[0], system="Be brief.") != free + "\n"
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "nf4", "nf4-dq"])
 def test_quantized_base_answers_as_the_library_does(
     checkpoint: Path, adapter: Path, quantize: str, capsys: pytest.CaptureFixture
 ) -> None:

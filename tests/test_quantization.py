@@ -15,7 +15,7 @@ from lit_llama.loss import head_loss
 from lit_llama.model import Llama
 from lit_llama.quantization import QuantizedLinear
 
-MODES = ["nf4", "nf4-dq", "int8"]
+MODES = ["nf4", "nf4-dq", "int4", "int8"]
 
 
 def saved_checkpoint(directory: Path, tied: bool) -> Path:
@@ -50,9 +50,43 @@ def test_int8_error_is_half_a_step() -> None:
     assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
 
 
+def test_int4_is_as_near_as_q4_1_of_llama_cpp() -> None:
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    weight = torch.randn(200, 320)
+    weight[0], weight[1, :32] = 0, 0.37  # nothing to span
+    peer = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_1)
+    peer = torch.from_numpy(gguf.quants.dequantize(peer, gguf.GGMLQuantizationType.Q4_1))
+    layer = QuantizedLinear.from_weight(weight, "int4")
+    error = (layer.dequantize(torch.float32) - weight).norm()
+    assert 0.9 * (peer - weight).norm() < error < (peer - weight).norm()
+    assert sum(b.numel() * b.element_size() for b in layer.buffers()) * 8 == 5 * weight.numel()
+    # What came from such a file stays as it is, but for the rounding of a scale to bf16.
+    again = QuantizedLinear.from_weight(peer, "int4").dequantize(torch.float32)
+    assert (again - peer).norm() < 0.1 * error
+
+
+def test_int4_is_computed_as_by_pytorchs_own_kernel() -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLinear.from_weight(torch.randn(64, 128), "int4")
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    codes = torch.stack((layer.codes >> 4, layer.codes & 15), dim=-1).flatten(1).int()
+    scale, minimum = layer.scales.float(), layer.minima.float()
+    scales_and_zeros = torch.stack((scale, minimum + 8 * scale), dim=-1).transpose(0, 1).contiguous().bfloat16()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    peer = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales_and_zeros).float()
+    assert (layer(x).float() - peer).norm() < 0.01 * peer.norm()
+
+
+def test_int4_needs_whole_groups() -> None:
+    with pytest.raises(InputError, match="a multiple of 32, not 52: use nf4 or int8"):
+        QuantizedLinear.from_weight(torch.randn(8, 52), "int4")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(64, 128), (100, 52)])  # the second is no multiple of a block
 def test_forward_and_gradient_equal_the_dequantized_weight(mode: str, shape: tuple[int, int]) -> None:
+    shape = (100, 96) if mode == "int4" and shape[1] % 32 else shape
     torch.manual_seed(0)
     layer = QuantizedLinear.from_weight(torch.randn(shape), mode)
     weight = layer.dequantize(torch.float32)
@@ -108,7 +142,7 @@ def test_codes_are_stable(mode: str) -> None:
 
 
 def test_an_unknown_mode_is_named() -> None:
-    with pytest.raises(InputError, match="'nf5' is not one of nf4, nf4-dq, int8"):
+    with pytest.raises(InputError, match="'nf5' is not one of nf4, nf4-dq, int4, int8"):
         QuantizedLinear.from_weight(torch.randn(8, 8), "nf5")
 
 
