@@ -51,7 +51,7 @@ class Arguments(RunArguments):
     test_file: Path | None = None
     """Measured once, at the end, by the last and the best state."""
     template: str | None = None
-    """How a row becomes a text: '{sentence1}\\n{sentence2}'. By default by the usual names of columns."""
+    """How a row becomes a text: $'{sentence1}\\n{sentence2}' in a shell. By default by the usual names of columns."""
     label_column: str = "label"
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(

@@ -38,8 +38,14 @@ BASE = "base"
 def load_for_generation(
     arguments: ModelArguments, put_on: Callable[[Llama, Tokenizer], None]
 ) -> tuple[Llama, Tokenizer]:
-    """The base as the arguments say, ready to generate with what `put_on` puts on it, and its tokenizer."""
+    """The base as the arguments say, ready to generate with what `put_on` puts on it, and its tokenizer.
+
+    Raises:
+        InputError: see `load_model`; or `--draft` is neither "lookup" nor a checkpoint with the same vocabulary.
+    """
     tokenizer = Tokenizer.from_checkpoint(existing_directory(arguments.checkpoint_dir))
+    if arguments.draft not in (None, "lookup"):
+        check_vocabulary(tokenizer, Tokenizer.from_checkpoint(existing_directory(Path(arguments.draft))))
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
     model = load_model(arguments.checkpoint_dir, dtype, device, arguments.quantize, arguments.embeddings).eval()
@@ -187,22 +193,16 @@ def open_engine(
     max_length: int | None = None,
     max_waiting: int | None = None,
 ) -> Engine:
-    """What answers requests with a model, as the arguments say; the rest as in `Engine`.
-
-    Raises:
-        InputError: see `Engine`; or `--draft` is neither "lookup" nor a checkpoint with the same vocabulary.
-    """
-    make_drafter = None if arguments.draft is None else _drafter_maker(arguments, tokenizer)
+    """What answers requests with a model of `load_for_generation`, as the arguments say; the rest as in `Engine`."""
+    make_drafter = None if arguments.draft is None else _drafter_maker(arguments)
     return Engine(model, tokenizer, slots, max_length, max_waiting, make_drafter, arguments.quantize_cache)
 
 
-def _drafter_maker(arguments: ModelArguments, tokenizer: Tokenizer) -> Callable[[], Drafter]:
+def _drafter_maker(arguments: ModelArguments) -> Callable[[], Drafter]:
     if arguments.draft == "lookup":
         return lambda: look_up
-    directory = existing_directory(Path(arguments.draft))
-    check_vocabulary(tokenizer, Tokenizer.from_checkpoint(directory))
     device = pick_device(arguments.device)
-    model = load_model(directory, pick_dtype(arguments.dtype, device), device).eval()
+    model = load_model(Path(arguments.draft), pick_dtype(arguments.dtype, device), device).eval()
     prepare_to_generate(model, arguments.compile)
     return lambda: DraftModel(model)
 

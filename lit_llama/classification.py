@@ -103,7 +103,7 @@ def _recognised(path: Path, row: dict[str, Any]) -> str:
         if name in row:
             return f"{{{name}}}"
     raise InputError(
-        f"{path}: no usual column of text among {', '.join(map(str, row))}: name them, --template '{{one}}\\n{{other}}'"
+        f"{path}: no usual column of text among {', '.join(map(str, row))}: name them, --template $'{{one}}\\n{{other}}'"
     )
 
 

@@ -134,7 +134,9 @@ class CPUDecoder:
         positions, columns = (places.expand(rows, -1).contiguous() for places in (cache.positions, cache.columns))
         tables = self._rotary_tables(positions)
         capacity = cache.capacity
-        if not _in_place(cache):
+        # Whether what is computed and seen lies in the cache as it is, and in order.
+        in_place = not cache.key_scales and cache.first is None
+        if not in_place:
             columns, capacity = torch.arange(length).repeat(rows, 1), length
             positions = positions if cache.first is None else positions - cache.first
         prompt = _Prompt(rows, length, capacity, *map(_pointer, (positions, columns, *tables)))
@@ -146,7 +148,7 @@ class CPUDecoder:
             attention_layer, mlp = layer.self_attn, layer.mlp
             projections = (attention_layer.q_proj, attention_layer.k_proj, attention_layer.v_proj)
             query, key, value = (projection(normed) for projection in projections)
-            mixed = self._attend(query, key, value, number, cache, prompt)
+            mixed = self._attend(query, key, value, number, cache, prompt, in_place)
             added = attention_layer.o_proj(mixed)
             self._add_and_normalise(x, added, 2 * number + 1, normed)
             gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
@@ -156,12 +158,13 @@ class CPUDecoder:
         cache.length += length
         return normed[:, -1]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, cache: KVCache, prompt: _Prompt) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, cache: KVCache, prompt: _Prompt, in_place: bool
+    ) -> Tensor:
         """Attention of a prompt (rows, length, heads * head_dim each) over the cache, in which it is stored."""
         rows, kv_heads, _, head_dim = cache.keys[layer].shape
         length, heads = prompt.length, query.shape[-1] // head_dim
         queries = torch.empty(rows * kv_heads, heads // kv_heads, length, head_dim, dtype=query.dtype)
-        in_place = _in_place(cache)
         keys, values = cache.keys[layer], cache.values[layer]
         if not in_place:
             keys, values = (torch.empty(rows, kv_heads, length, head_dim, dtype=query.dtype) for _ in range(2))
@@ -249,11 +252,6 @@ def cpu_decoder(model: Llama) -> CPUDecoder | None:
         return None
     library = _library()
     return None if library is None else CPUDecoder(model, [*layers, model.lm_head], library)
-
-
-def _in_place(cache: KVCache) -> bool:
-    """Whether what the pass under way computes and sees lies in the cache as it is, and in order."""
-    return not cache.key_scales and cache.first is None
 
 
 def _supported(layer: nn.Module | None) -> bool:

@@ -79,7 +79,7 @@ class ModelArguments(SamplingConfig):
     """Keep what was read in 8 bits: about half of the memory of each token."""
     compile: bool = False
     """Compile the steps (torch.compile), and on CUDA replay them as a graph: faster after a minute or more, the first
-    time. Not for experts that several requests choose from, nor needed on a CPU but for NF4 and DoRA."""
+    time. Not for experts that several requests choose from, nor of use on a CPU but for DoRA."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of weights and computation; auto: bf16 where the machine computes with it, else fp32."""
     device: str = "auto"
