@@ -44,6 +44,7 @@ _BASE = -1
 """Number of no adapter."""
 _ROW_STATE = "adapter"
 """Under which name a cache remembers the number of each row's adapter."""
+_REMOVED = "an adapter of the generation under way was removed from the bank: begin it again"
 
 
 @dataclass
@@ -206,12 +207,20 @@ class AdapterBank:
         self.current_pass = _NO_PASS
         if self._stack is not None and number in self._stack.members:
             self._stack = None
+        self.model.decoder = None  # which knows it; see `prepare_to_generate`
         del self._numbers[name], self._adapters[number]
 
     def rows_of(self, cache: KVCache) -> list[int]:
-        """Place in `names` of each row's adapter in a generation under way, -1 for the base."""
-        places = {number: place for place, number in enumerate(self._numbers.values())}
-        return [places.get(number, -1) for number in cache.row_state[_ROW_STATE].tolist()]
+        """Place in `names` of each row's adapter in a generation under way, -1 for the base.
+
+        Raises:
+            InputError: one was removed.
+        """
+        places = {_BASE: -1} | {number: place for place, number in enumerate(self._numbers.values())}
+        rows = cache.row_state[_ROW_STATE].tolist()
+        if not places.keys() >= set(rows):
+            raise InputError(_REMOVED)
+        return [places[number] for number in rows]
 
     def low_rank(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         """By the name of each adapted linear layer: lora_A (r, in) and scaling * lora_B (out, r).
@@ -278,7 +287,7 @@ class AdapterBank:
             return
         used = sorted(set(rows))
         if not self._adapters.keys() >= set(used) - {_BASE}:
-            raise InputError("an adapter of the generation under way was removed from the bank: begin it again")
+            raise InputError(_REMOVED)
         self._admit(used)
         if len(used) == 1:
             factors = {} if used == [_BASE] else self._adapters[used[0]].factors

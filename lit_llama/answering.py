@@ -19,6 +19,7 @@ from lit_llama.adapter_routing import FixedRoute, Router, open_route
 from lit_llama.adapters import AdapterBank, load_directory
 from lit_llama.batching import Engine, Piece, Request, TokenLogprob
 from lit_llama.checkpoint import existing_directory, load_model
+from lit_llama.choices import ChoiceTree
 from lit_llama.command_line import progress
 from lit_llama.drafting import Drafter, DraftModel, check_vocabulary, look_up
 from lit_llama.errors import InputError
@@ -81,6 +82,8 @@ class Asked(NamedTuple):
     ids: list[int]
     stop: list[str]
     """Strings that end the answer."""
+    continuation: bool
+    """The answer goes on with the prompt's text."""
     expert: str | None
     """Adapter that a router chose."""
 
@@ -101,7 +104,8 @@ class Asker:
         asked = []
         for prompt, expert in zip(prompts, experts, strict=True):
             style, system, stop = forms[expert]
-            asked.append(Asked(prompt, encode_prompt(self.tokenizer, style, prompt, system), stop, expert))
+            ids = encode_prompt(self.tokenizer, style, prompt, system)
+            asked.append(Asked(prompt, ids, stop, style == "plain", expert))
         return asked
 
     def _form(self, expert: str | None) -> tuple[str, str | None, list[str]]:
@@ -116,6 +120,7 @@ class Asker:
         """Pieces of all answers as they come, with their numbers: prompt * num_samples + sample."""
         arguments, router = self.arguments, self.router
         mixed = router is not None and router.mixes
+        choices = None if arguments.choices is None else ChoiceTree(self.tokenizer, arguments.choices)
         requests = [
             Request(
                 prompt=one.ids,
@@ -123,7 +128,8 @@ class Asker:
                 sampling=replace(arguments, num_samples=1, seed=arguments.seed + sample),
                 stop=one.stop,
                 adapter=None if mixed else one.expert,
-                choices=arguments.choices,
+                choices=choices,
+                continuation=one.continuation,
                 logprobs=arguments.logprobs,
             )
             for one in asked

@@ -22,7 +22,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_llama.choices import Choices
+from lit_llama.choices import Choices, ChoiceTree
+from lit_llama.command_line import progress
 from lit_llama.config import CacheQuantization
 from lit_llama.drafting import Drafter, shared_length
 from lit_llama.errors import InputError, RunError
@@ -66,8 +67,10 @@ class Request:
     """Strings that end the answer, besides the tokenizer's stop ids."""
     adapter: str | None = None
     """Of the model's bank; None: the base."""
-    choices: Sequence[str] | None = None
+    choices: ChoiceTree | None = None
     """The answer is one of these."""
+    continuation: bool = False
+    """The answer goes on with the prompt's text: a space that it begins with counts."""
     logprobs: int | None = None
     """None: no log-probabilities; n: those of the tokens, and of the n likeliest in their places."""
 
@@ -111,8 +114,8 @@ class Ticket:
         self.pending = -1
         """Token drawn last, which the cache does not hold yet."""
         self.sampler = Sampler(request.sampling, [self.prompt], model.config.vocab_size, model.model.norm.weight.device)
-        self.stream = TextStream(tokenizer, request.stop)
-        self.choices = None if request.choices is None else Choices(tokenizer, request.choices)
+        self.choices = None if request.choices is None else Choices(request.choices)
+        self.stream = TextStream(tokenizer, request.stop, request.continuation or self.choices is not None)
         # Whose token is the likeliest, which is found for all rows at once.
         self.greedy = (request.sampling.temperature, request.sampling.repetition_penalty, self.choices) == (0, 1, None)
         self.drafter: Drafter | None = engine.make_drafter and engine.make_drafter()
@@ -124,6 +127,8 @@ class _Slot:
 
     tokens: list[int] = field(default_factory=list)
     """Whose keys and values are there."""
+    reached: int = 0
+    """Most tokens that were there since the first of these was read, see `KVCache.kept`."""
     adapter: str | None = None
     """That computed them."""
     row_state: dict[str, Tensor] = field(default_factory=dict)
@@ -309,17 +314,17 @@ class Engine:
             donor = max(alike, key=lambda slot: shared_length(slot.tokens, ticket.prompt), default=None)
         if donor is not None:  # of the last token the logits are needed, so it is read in any case
             known = min(shared_length(donor.tokens, ticket.prompt), ticket.prompt_tokens - 1)
-            known = self._cache.kept(known, len(donor.tokens))
+            known = self._cache.kept(known, donor.reached)
         if donor is not None and donor.ticket is None and 2 * known >= len(donor.tokens):
             slot = donor
         else:
             slot = min(free, key=lambda slot: slot.last_used)
             if known:
                 to, of = self._slots.index(slot), self._slots.index(donor)
-                columns = known if len(donor.tokens) <= self._cache.capacity else self._cache.capacity
+                columns = known if donor.reached <= self._cache.capacity else self._cache.capacity
                 for tensor in self._cache.tensors():
                     tensor[to, :, :columns] = tensor[of, :, :columns]
-        slot.row_state = donor.row_state if known else {}
+        slot.row_state, slot.reached = (donor.row_state, donor.reached) if known else ({}, 0)
         slot.tokens, slot.adapter, slot.ticket = ticket.prompt[:known], adapter, ticket
         ticket.cached_tokens = known
         self._reading = slot
@@ -340,9 +345,11 @@ class Engine:
             else:
                 logits = next_logits(self.model, piece, cache)
         slot.tokens, slot.row_state, slot.last_used = slot.tokens + piece, cache.row_state, self._round
+        slot.reached = max(slot.reached, len(slot.tokens))
         if logits is not None:
-            self._reading = None
+            self._only_tokens(logits)
             self._move(slot, self._running)
+            self._reading = None
             self._running += 1
             if self._draw(ticket, logits, int(logits.argmax())):
                 self._release(slot)
@@ -362,7 +369,7 @@ class Engine:
         ]
         try:
             cache = self._rows(rows, length)
-            logits = logits_of(self.model, torch.tensor(ids, device=cache.device), cache)
+            logits = self._only_tokens(logits_of(self.model, torch.tensor(ids, device=cache.device), cache))
         except Exception as error:  # of memory, say: they end, and others may still fit
             for slot in rows:
                 self._deliver(slot.ticket, error)
@@ -376,7 +383,12 @@ class Engine:
             slot.last_used = self._round
             for at in range(1 + len(guess)):
                 slot.tokens.append(ticket.pending)
-                ended = self._draw(ticket, logits[row, at : at + 1], likeliest[row][at])
+                slot.reached = max(slot.reached, len(slot.tokens))
+                try:
+                    ended = self._draw(ticket, logits[row, at : at + 1], likeliest[row][at])
+                except Exception as error:  # others go on
+                    self._deliver(ticket, error)
+                    ended = True
                 drawn += 1
                 if ended:
                     finished.append(slot)
@@ -397,10 +409,22 @@ class Engine:
             return [[]] * len(rows)
         guesses = []
         for slot in rows:
-            ticket = slot.ticket
+            ticket, guess = slot.ticket, []
             most = min(DRAFT_TOKENS, room, ticket.max_new_tokens - ticket.new_tokens - 1)
-            guesses.append(ticket.drafter([*slot.tokens, ticket.pending], most) if most > 0 else [])
+            if most > 0 and ticket.drafter is not None:
+                try:
+                    guess = ticket.drafter([*slot.tokens, ticket.pending], most)
+                except Exception as error:  # of memory, say: the answer comes without them
+                    progress(f"no more guesses of an answer: {error}")
+                    ticket.drafter = None
+            none = (at for at, token_id in enumerate(guess) if token_id >= self.tokenizer.vocab_size)
+            guesses.append(guess[: next(none, len(guess))])
         return guesses
+
+    def _only_tokens(self, logits: Tensor) -> Tensor:
+        """Logits (..., vocab), where rows of the head that are no token of the vocabulary are made impossible."""
+        logits[..., self.tokenizer.vocab_size :] = float("-inf")
+        return logits
 
     def _draw(self, ticket: Ticket, logits: Tensor, likeliest: int) -> bool:
         """Draw a token from logits (1, vocab) and deliver what it makes certain; whether the answer ends with it."""
@@ -435,7 +459,8 @@ class Engine:
             text = self.tokenizer.special_text(token_id) or data.decode("utf-8", errors="replace")
             return TokenLogprob(token_id, text, data, logprobs[token_id].item(), *rest)
 
-        return named(token_id, tuple(map(named, logprobs.topk(top).indices.tolist())))
+        likeliest = logprobs.topk(min(top, self.tokenizer.vocab_size)).indices.tolist()
+        return named(token_id, tuple(map(named, likeliest)))
 
     def _deliver(self, ticket: Ticket, piece: Piece | Exception) -> None:
         if not ticket.cancelled:
@@ -464,8 +489,12 @@ class Engine:
             return
         other = self._slots[to]
         length = max(len(slot.tokens), len(other.tokens))
-        for tensor in self._cache.tensors():
-            tensor[[at, to], :, :length] = tensor[[to, at], :, :length]
+        try:
+            for tensor in self._cache.tensors():
+                tensor[[at, to], :, :length] = tensor[[to, at], :, :length]
+        except BaseException:  # some of both may be exchanged
+            slot.tokens, other.tokens = [], []
+            raise
         self._slots[at], self._slots[to] = other, slot
 
     def _release(self, slot: _Slot) -> None:

@@ -13,8 +13,8 @@ _END = -1
 """In a node of the tree, beside the ids that lead on: a choice ends here."""
 
 
-class Choices:
-    """The choices as a tree of token ids, and where in it an answer has come to.
+class ChoiceTree:
+    """The choices as a tree of token ids, which many answers can share.
 
     Args:
         choices: what may be said, each as it would follow the prompt.
@@ -26,13 +26,23 @@ class Choices:
     def __init__(self, tokenizer: Tokenizer, choices: Sequence[str]) -> None:
         if not choices or "" in choices or len(set(choices)) < len(choices):
             raise InputError("choices must be one or more different texts, none of them empty")
-        self._stop_ids = sorted(tokenizer.stop_ids)
-        self._node: dict[int, Any] = {}
+        self.stop_ids = sorted(tokenizer.stop_ids)
+        self.root: dict[int, Any] = {}
+        self.longest = 0
+        """Tokens of the longest choice."""
         for choice in choices:
-            node = self._node
-            for token_id in tokenizer.encode(choice, continuation=True):
+            node, ids = self.root, tokenizer.encode(choice, continuation=True)
+            self.longest = max(self.longest, len(ids))
+            for token_id in ids:
                 node = node.setdefault(token_id, {})
             node[_END] = {}
+
+
+class Choices:
+    """Where in a tree of choices an answer has come to."""
+
+    def __init__(self, tree: ChoiceTree) -> None:
+        self._stop_ids, self._node = tree.stop_ids, tree.root
 
     @property
     def finished(self) -> bool:

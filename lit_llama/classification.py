@@ -102,9 +102,8 @@ def _recognised(path: Path, row: dict[str, Any]) -> str:
     for name in SINGLES:
         if name in row:
             return f"{{{name}}}"
-    raise InputError(
-        f"{path}: no usual column of text among {', '.join(map(str, row))}: name them, --template $'{{one}}\\n{{other}}'"
-    )
+    there = ", ".join(map(str, row))
+    raise InputError(f"{path}: no usual column of text among {there}: name them, --template $'{{one}}\\n{{other}}'")
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

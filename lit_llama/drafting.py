@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lit_llama.errors import InputError
-from lit_llama.generation import next_logits
+from lit_llama.generation import next_logits, read_prompt
 from lit_llama.kv_cache import KVCache
 from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
@@ -21,6 +21,8 @@ Drafter = Callable[[list[int], int], list[int]]
 
 LONGEST_MATCH = 3
 """Tokens at the end of a sequence that are looked up in it; shorter ones, down to 2, where so many are not found."""
+READ_TOKENS = 512
+"""Most tokens that a draft model reads at a time: others wait for it, and its memory is not that of a whole prompt."""
 
 
 def look_up(tokens: list[int], count: int) -> list[int]:
@@ -37,7 +39,10 @@ def look_up(tokens: list[int], count: int) -> list[int]:
 
 
 class DraftModel:
-    """The greedy continuation of one sequence by a smaller model with the same vocabulary."""
+    """The greedy continuation of one sequence by a smaller model with the same vocabulary.
+
+    Of a long prompt it reads a piece whenever it is asked, and guesses when it has caught up.
+    """
 
     def __init__(self, model: Llama) -> None:
         weight, context = model.model.norm.weight, model.config.max_position_embeddings
@@ -50,10 +55,15 @@ class DraftModel:
     def __call__(self, tokens: list[int], count: int) -> list[int]:
         if len(tokens) + count > self.cache.max_length:
             return []
-        known = self.cache.kept(min(shared_length(self.read, tokens), len(tokens) - 1), self.cache.length)
+        known = self.cache.kept(min(shared_length(self.read, tokens), len(tokens) - 1), self.cache.reached)
         self.cache.wind_back(known)  # what was guessed wrong is overwritten
         guesses: list[int] = []
         new = tokens[known:]
+        if len(new) > READ_TOKENS:
+            piece = torch.tensor([new[:READ_TOKENS]], device=self.cache.device)
+            read_prompt(self.model, piece, self.cache)
+            self.read = tokens[: known + READ_TOKENS]
+            return []
         for _ in range(count):
             guesses.append(int(next_logits(self.model, new, self.cache).argmax()))
             new = guesses[-1:]

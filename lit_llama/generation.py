@@ -295,7 +295,8 @@ class Sampler:
         if self.config.temperature == 0:
             tokens = logits.argmax(dim=-1)
         else:
-            logits = logits / self.config.temperature
+            # The largest is 0 whatever the temperature is: a tiny one divides none to infinity.
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.config.temperature
             logits = filter_logits(logits, self.config.top_k, self.config.top_p, self.config.min_p)
             # The largest of p / Exponential(1) is a draw from p: no host is asked and nothing is summed up.
             noise = torch.empty_like(logits).exponential_(generator=self.generator)
@@ -332,12 +333,16 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None, min_p:
 
 
 class TextStream:
-    """Text of ids as they come, up to a stop string; what may yet become one is held back."""
+    """Text of ids as they come, up to a stop string; what may yet become one is held back.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    Args:
+        continuation: see `Tokenizer.stream`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), continuation: bool = False) -> None:
         if "" in stop:
             raise InputError("an empty stop string would end every answer at once")
-        self.decoder = tokenizer.stream()
+        self.decoder = tokenizer.stream(continuation)
         self.stop = stop
         self.held = ""
         self.finished = False

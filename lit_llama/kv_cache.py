@@ -68,6 +68,7 @@ class KVCache:
         """What else is to be remembered of each row, (batch, ...) each, by whatever wraps the model."""
         self.length = 0
         """Tokens read, padding included."""
+        self._reached = 0
         self.positions = torch.empty(1, 0, dtype=torch.int64, device=device)
         """Of the tokens of the pass under way, (batch or 1, new) int64; padding has that of the first."""
         self.columns = self.positions
@@ -102,9 +103,15 @@ class KVCache:
         Raises:
             InputError: those that the next one would see are no longer there.
         """
-        if self.kept(length, self.length) != length:
-            raise InputError(f"the sliding window has rolled on from token {length:,} to {self.length:,}")
-        self.length = length
+        reached = self.reached
+        if self.kept(length, reached) != length:
+            raise InputError(f"the sliding window has rolled on from token {length:,} to {reached:,}")
+        self.length, self._reached = length, reached if length else 0
+
+    @property
+    def reached(self) -> int:
+        """Most tokens that were ever read behind the first, whether they were wound back or not: see `kept`."""
+        return max(self._reached, self.length)
 
     def prepare(self, new: int, in_order: bool = False) -> None:
         """Make ready for a pass over `new` more tokens a row: check the room, work out the places for all layers.
@@ -182,12 +189,13 @@ class KVCache:
         rows.row_state = {name: state[start:end] for name, state in self.row_state.items()}
         return rows
 
-    def kept(self, beginning: int, read: int) -> int:
-        """Of a row that has read so many tokens, whether it can go back to a beginning of them: its length, or 0.
+    def kept(self, beginning: int, reached: int) -> int:
+        """Of a row, whether it can go back to a beginning of what it has read: its length, or 0.
 
-        It cannot where later tokens have taken the place of some that the next one would see.
+        It cannot where later tokens have taken the place of some that the next one would see. They have not given it
+        back when the row itself has gone back since: `reached` is the most that it ever held.
         """
-        if read <= self.capacity or beginning - self.sliding_window >= read + _TAKEN_BACK - self.capacity:
+        if reached <= self.capacity or beginning - self.sliding_window >= reached + _TAKEN_BACK - self.capacity:
             return beginning
         return 0
 
@@ -225,8 +233,9 @@ class KVCache:
         self.row_state = {name: state[rows] for name, state in self.row_state.items()}
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in _STORED:
-            setattr(self, name, [change(tensor) for tensor in getattr(self, name)])
+        changed = {name: [change(tensor) for tensor in getattr(self, name)] for name in _STORED}
+        for name, tensors in changed.items():  # not before there was memory for all
+            setattr(self, name, tensors)
 
 
 class StepCache(KVCache):

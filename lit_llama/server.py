@@ -19,6 +19,8 @@ from lit_llama.generation_arguments import ServeArguments
 
 API_KEY = "LIT_LLAMA_API_KEY"
 """Environment variable of the token."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine that no foreign page can have."""
 
 
 def serve(arguments: ServeArguments) -> None:
@@ -43,7 +45,8 @@ def serve(arguments: ServeArguments) -> None:
     forms |= {name: Form(name, *style_and_system(arguments, directory)) for name, directory in experts.items()}
     engine = open_engine(arguments, model, tokenizer, arguments.slots, arguments.max_length, arguments.max_waiting)
     api_key = (arguments.api_key or os.environ.get(API_KEY, "")).strip() or None
-    if api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    if api_key is None and not local:
         progress(f"warning: whoever reaches this machine can use the server: set --api_key or {API_KEY}")
     service = Service(
         engine=engine,
@@ -53,7 +56,7 @@ def serve(arguments: ServeArguments) -> None:
         timeout=arguments.timeout,
         max_body_bytes=arguments.max_body_bytes,
         api_key=api_key,
-        host=arguments.host,
+        hosts=list(dict.fromkeys((*LOOPBACK, arguments.host.lower()))) if local else None,
     )
     server = HttpServer(service, arguments.grace)
     failure: list[Exception] = []

@@ -6,6 +6,7 @@ The bodies are `server_schema.py`, the routes and what is refused before that `s
 import asyncio
 import json
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lit_llama.batching import Engine, Full, Piece, Request, Ticket, TokenLogprob
+from lit_llama.choices import ChoiceTree
 from lit_llama.errors import InputError, RunError
 from lit_llama.generation import SamplingConfig, encode_question
 from lit_llama.prompts import encode_chat, stop_strings
@@ -24,6 +26,7 @@ from lit_llama.server_schema import ChatRequest, CompletionRequest, SamplingBody
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 """Upper bounds of the histograms' buckets."""
 RETRY_SOON = {"Retry-After": "1"}
+FAILED = "the server failed; its log says why"
 
 
 class ApiError(Exception):
@@ -87,8 +90,8 @@ class Service:
     """Seconds that a request may take."""
     api_key: str | None = None
     max_body_bytes: int = 10**6
-    host: str = "127.0.0.1"
-    """Where it is bound."""
+    hosts: Sequence[str] | None = None
+    """Names that it answers to without a token; None: any."""
     started: int = field(default_factory=lambda: int(time.time()))
     queues: set[asyncio.Queue] = field(default_factory=set)
     """Of the requests under way."""
@@ -129,10 +132,16 @@ class Service:
             else prompt
             for prompt in prompts
         ]
-        return self._requests(body, ids, body.max_tokens, [], body.logprobs)
+        return self._requests(body, ids, body.max_tokens, [], body.logprobs, continuation=True)
 
     def _requests(
-        self, body: SamplingBody, prompts: list[list[int]], most: int | None, stop: list[str], logprobs: int | None
+        self,
+        body: SamplingBody,
+        prompts: list[list[int]],
+        most: int | None,
+        stop: list[str],
+        logprobs: int | None,
+        continuation: bool = False,
     ) -> list[Request]:
         samples = body.n or 1
         limit = self.engine.max_waiting
@@ -153,6 +162,14 @@ class Service:
                     "context_length_exceeded",
                     "messages" if isinstance(body, ChatRequest) else "prompt",
                 )
+        choices = None
+        if body.choices:
+            choices = ChoiceTree(self.engine.tokenizer, list(dict.fromkeys(body.choices)))
+            room = most or min(self.max_new_tokens, context - max(map(len, prompts)))
+            if choices.longest > room:
+                raise ApiError(
+                    400, f"a choice has {choices.longest} tokens, and the answer at most {room}", param="choices"
+                )
         stop = stop + ([body.stop] if isinstance(body.stop, str) else body.stop or [])
         names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
         chosen = {name: getattr(self.defaults if getattr(body, name) is None else body, name) for name in names}
@@ -165,7 +182,8 @@ class Service:
                 sampling=SamplingConfig(**chosen, seed=(seed + sample) % 2**63),
                 stop=stop,
                 adapter=self.forms[body.model].adapter,
-                choices=body.choices and list(dict.fromkeys(body.choices)),
+                choices=choices,
+                continuation=continuation,
                 logprobs=logprobs,
             )
             for prompt in prompts
@@ -335,6 +353,9 @@ async def events(answers: Answers, chat: bool, header: dict[str, Any], with_usag
             return
         except ApiError as error:
             yield event(error.body)
+        except Exception:  # the status has been sent
+            traceback.print_exc()
+            yield event(ApiError(500, FAILED).body)
         yield "data: [DONE]\n\n"
 
 

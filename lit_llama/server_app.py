@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lit_llama.command_line import progress
 from lit_llama.errors import InputError
 from lit_llama.server_answers import (
+    FAILED,
     Answers,
     ApiError,
     ClientGone,
@@ -62,7 +63,6 @@ OPEN_PATHS = ("/", "/health")
 """For anybody: they tell nothing that was asked or answered."""
 BODY_PATHS = ("/v1/chat/completions", "/v1/completions")
 REFERENCE = "#/components/schemas/{model}"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def make_app(service: Service) -> FastAPI:
@@ -264,11 +264,11 @@ class Gate:
                     401, "no valid token: send Authorization: Bearer TOKEN", "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
-        elif service.host in LOOPBACK:
+        elif service.hosts is not None:
             # A page of anybody's may have its own name resolve to this machine: the browser would let it read answers.
             host = only_header(scope, b"host").decode("latin-1")
-            if host and host_name(host) not in LOOPBACK:
-                raise ApiError(403, f"without a token this server answers to {', '.join(LOOPBACK)} only", "host")
+            if host and host_name(host) not in service.hosts:
+                raise ApiError(403, f"without a token this server answers to {', '.join(service.hosts)} only", "host")
         if takes_body(scope):
             kind = only_header(scope, b"content-type").partition(b";")[0].strip().lower()
             if kind != b"application/json":  # which no foreign page can send without asking first
@@ -328,7 +328,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
         error = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     error = as_api_error(error)
     if not isinstance(error, ApiError):
-        error = ApiError(500, "the server failed; its log says why")
+        error = ApiError(500, FAILED)
     return error_response(error)
 
 

@@ -179,9 +179,13 @@ class Tokenizer:
         """
         return self.stream().text_of(b"".join([self.bytes_of(token_id) for token_id in ids]), final=True)
 
-    def stream(self) -> "StreamDecoder":
-        """A fresh decoder that takes one id at a time; what it returns adds up to `decode` of all ids."""
-        return StreamDecoder(self)
+    def stream(self, continuation: bool = False) -> "StreamDecoder":
+        """A fresh decoder that takes one id at a time; what it returns adds up to `decode` of all ids.
+
+        Args:
+            continuation: the ids go on with a text, so that a space at their beginning is part of what they say.
+        """
+        return StreamDecoder(self, continuation)
 
     def bytes_of(self, token_id: int) -> bytes:
         """UTF-8 bytes that one id stands for, perhaps part of a character; none for a special token."""
@@ -258,10 +262,10 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes one id at a time and holds bytes back until they make a whole character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, continuation: bool) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer._backend.prepends_space
+        self._drop_space = tokenizer._backend.prepends_space and not continuation
 
     def push(self, token_id: int) -> str:
         """The text that one more id completes; empty while a character is unfinished."""

@@ -14,7 +14,13 @@ from lit_llama.adapters import AdapterBank, BankedLinear, load_directory
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.config import LlamaConfig
 from lit_llama.errors import InputError
-from lit_llama.generation import SamplingConfig, answer_questions, generate, generate_stream
+from lit_llama.generation import (
+    SamplingConfig,
+    answer_questions,
+    generate,
+    generate_stream,
+    prepare_to_generate,
+)
 from lit_llama.kv_cache import KVCache
 from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
 from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree
@@ -215,6 +221,22 @@ def test_generations_under_way_keep_their_adapters(bank: AdapterBank) -> None:
     bank.remove("few")
     with pytest.raises(InputError, match="an adapter of the generation under way was removed"):
         list(stream)
+
+
+def test_an_adapter_that_is_removed_leaves_the_others_their_own(bank: AdapterBank) -> None:
+    bank.select("few")
+    (expected,) = generate(bank.model, prompts()[:1], 10)
+    prepare_to_generate(bank.model)
+    assert bank.model.decoder is not None
+    assert generate(bank.model, prompts()[:1], 10) == [expected]
+    stream = generate_stream(bank.model, prompts()[0], 10)
+    next(stream)
+    bank.select("rslora")
+    bank.remove("plain")  # the decoder had numbered them with it
+    assert [token for _, token in stream] == expected[1:]
+    prepare_to_generate(bank.model)
+    bank.select("few")
+    assert generate(bank.model, prompts()[:1], 10) == [expected]
 
 
 def test_questions_are_answered_by_the_selected_adapter(checkpoint: Path, library: Path, bank: AdapterBank) -> None:

@@ -4,6 +4,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from scipy.stats import chisquare
 from lit_llama.adapters import load_directory
 from lit_llama.batching import Engine, Full, Piece, Request
 from lit_llama.checkpoint import load_model, save_checkpoint
+from lit_llama.choices import ChoiceTree
 from lit_llama.config import LlamaConfig
 from lit_llama.drafting import DraftModel, check_vocabulary, look_up
 from lit_llama.errors import InputError, RunError
-from lit_llama.generation import SamplingConfig, generate, prepare_to_generate, stream_text
+from lit_llama.generation import GREEDY, SamplingConfig, generate, prepare_to_generate, stream_text
 from lit_llama.lora_tree import LoRATreeConfig, inject_lora_tree
 from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
@@ -229,12 +231,19 @@ def test_logprobs_are_those_of_transformers(checkpoint: Path, model: Llama, toke
 def test_choices_are_all_that_is_said(model: Llama, tokenizer: Tokenizer) -> None:
     choices = ["Oslo", "Os", "the Amazon", "é"]
     requests = requests_of(
-        tokenizer, choices=choices, max_new_tokens=20, sampling=SamplingConfig(temperature=3.0, seed=1)
+        tokenizer,
+        choices=ChoiceTree(tokenizer, choices),
+        max_new_tokens=20,
+        sampling=SamplingConfig(temperature=3.0, seed=1),
     )
     answers = ask(Engine(model, tokenizer, slots=3), requests)
     assert {answer.text for answer in answers} <= set(choices)
     assert len({answer.text for answer in answers}) > 1
     assert all(answer.pieces[-1].finish_reason == "stop" for answer in answers)
+    # A temperature so small that the quotient by it would be infinite.
+    coldest = replace(requests[0], sampling=SamplingConfig(temperature=1e-44))
+    greedy = replace(requests[0], sampling=SamplingConfig(temperature=0.0))
+    assert len({answer.text for answer in ask(Engine(model, tokenizer), [coldest, greedy])}) == 1
 
 
 def test_choices_are_taken_as_often_as_their_tokens_are_likely(model: Llama, tokenizer: Tokenizer) -> None:
@@ -242,10 +251,9 @@ def test_choices_are_taken_as_often_as_their_tokens_are_likely(model: Llama, tok
     ids = [tokenizer.encode(choice)[0] for choice in choices]
     with torch.inference_mode():
         expected = model(torch.tensor([prompt]))[0, -1, ids].double().softmax(-1) * 300
-    requests = [
-        Request(prompt=prompt, max_new_tokens=2, choices=choices, sampling=SamplingConfig(temperature=1.0, seed=seed))
-        for seed in range(300)
-    ]
+    sampling = [SamplingConfig(temperature=1.0, seed=seed) for seed in range(300)]
+    tree = ChoiceTree(tokenizer, choices)
+    requests = [Request(prompt=prompt, max_new_tokens=2, choices=tree, sampling=config) for config in sampling]
     counts = Counter(answer.text for answer in ask(Engine(model, tokenizer, max_waiting=None), requests))
     assert chisquare([counts[choice] for choice in choices], expected.tolist()).pvalue > 1e-3
 
@@ -355,6 +363,60 @@ def test_an_error_of_one_request_is_told_to_it_and_others_go_on(
     assert answers[1].text == alone(model, tokenizer, second)
 
 
+def test_an_error_of_a_later_token_is_told_to_its_request_too(
+    model: Llama, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = requests_of(tokenizer, max_new_tokens=10)[:2]
+    expected, calls = alone(model, tokenizer, second), []
+
+    def failing(self: Engine, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+
+    def no_guess(tokens: list[int], count: int) -> list[int]:
+        raise RuntimeError("no memory to guess")
+
+    monkeypatch.setattr(Engine, "_logprob", failing)
+    engine = Engine(model, tokenizer, slots=2, make_drafter=lambda: no_guess)
+    answers = ask(engine, [replace(first, logprobs=1), second])
+    assert len(answers[0].pieces) == 4 and str(answers[0].pieces[-1]) == "out of memory"
+    assert answers[1].text == expected
+    said = capfd.readouterr().err
+    assert said.count("no more guesses of an answer: no memory to guess") == 2  # once an answer
+
+
+def test_rows_of_the_head_that_are_no_token_are_never_said(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    torch.manual_seed(0)
+    model = Llama(replace(LlamaConfig.from_json(checkpoint), vocab_size=tokenizer.vocab_size + 32)).eval()
+    model.initialize_(std=0.15)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.vocab_size :] *= 5  # likely
+    prompt = tokenizer.encode(QUESTIONS[0])
+    with torch.inference_mode():
+        assert model(torch.tensor([prompt]))[0, -1].argmax() >= tokenizer.vocab_size
+    sampling = SamplingConfig(temperature=2.0, seed=3)
+    requests = [Request(prompt=prompt, max_new_tokens=20, logprobs=10**6, sampling=s) for s in (sampling, GREEDY)]
+    engine = Engine(model, tokenizer, make_drafter=lambda: lambda tokens, count: [5, tokenizer.vocab_size + 1])
+    for answer in ask(engine, requests):
+        logprobs = [one for piece in answer.pieces for one in piece.logprobs]
+        assert logprobs and all(len(one.top) == tokenizer.vocab_size for one in logprobs)
+        assert sum(math.exp(one.logprob) for one in logprobs[0].top) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_draft_model_reads_a_long_prompt_piece_by_piece(
+    checkpoint: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(checkpoint, torch.float32).eval()
+    prepare_to_generate(model)
+    prompt = [5 + number % 300 for number in range(70)]
+    (said,) = generate(model, prompt, 8)
+    monkeypatch.setattr("lit_llama.drafting.READ_TOKENS", 20)
+    draft = DraftModel(model)
+    assert [draft(prompt, 4) for _ in range(4)] == [[], [], [], said[:4]]
+    assert draft(prompt + said[:4], 4) == said[4:]
+
+
 def test_what_cannot_be_asked_is_refused(model: Llama, tokenizer: Tokenizer, checkpoint: Path) -> None:
     engine = Engine(model, tokenizer, slots=1, max_length=64, max_waiting=1)
     ids = tokenizer.encode("Capital?")
@@ -365,13 +427,14 @@ def test_what_cannot_be_asked_is_refused(model: Llama, tokenizer: Tokenizer, che
         (Request(prompt=ids, max_new_tokens=0), "at least 1"),
         (Request(prompt=[99999]), "vocabulary"),
         (Request(prompt=ids, adapter="seas"), "lakes, rivers"),
-        (Request(prompt=ids, choices=[]), "choices"),
-        (Request(prompt=ids, choices=["a", "a"]), "choices"),
         (Request(prompt=ids, stop=[""]), "stop"),
         (Request(prompt=ids, sampling=SamplingConfig(num_samples=2, temperature=1)), "one answer"),
     ]:
         with pytest.raises(InputError, match=said):
             engine.submit(request, print)
+    for choices in ([], ["a", "a"], ["a", ""]):
+        with pytest.raises(InputError, match="choices"):
+            ChoiceTree(tokenizer, choices)
     engine.submit(Request(prompt=ids), print)
     with pytest.raises(Full, match="1 requests wait"):
         engine.submit(Request(prompt=ids), print)

@@ -105,6 +105,27 @@ def test_a_full_window_takes_no_longer_pass_than_its_memory_allows() -> None:
         cache.wind_back(90)
     cache.wind_back(240)
     assert cache.length == 240
+    with pytest.raises(InputError, match="rolled on from token 100 to 250"):
+        cache.wind_back(100)  # going back before gave nothing back
+    cache.wind_back(0)
+    assert cache.reached == 0
+
+
+def test_memory_that_cannot_be_had_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(rolling_model().config, 1, 500, torch.float32, quantize="int8")
+    cache.reserve(10)
+    shapes, calls = [tensor.shape for tensor in cache.tensors()], []
+
+    def pad(tensor: Tensor, *rest: object) -> Tensor:
+        calls.append(tensor)
+        if len(calls) == 4:  # values are the second of four
+            raise MemoryError
+        return torch.nn.functional.pad(tensor, *rest)
+
+    with monkeypatch.context() as context, pytest.raises(MemoryError):
+        context.setattr(kv_cache.F, "pad", pad)
+        cache.reserve(40)
+    assert [tensor.shape for tensor in cache.tensors()] == shapes
 
 
 @pytest.mark.parametrize("decoder", [False, True], ids=["model", "decoder"])
@@ -163,3 +184,20 @@ def test_a_prompt_that_a_slot_has_rolled_past_is_read_again(tokenizer: Tokenizer
     assert cached(prompt, 5) == 0
     assert cached(prompt, 80) == 29
     assert cached(prompt, 5) == 0
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_what_a_slot_has_rolled_past_stays_lost_when_it_goes_back(tokenizer: Tokenizer, slots: int) -> None:
+    model = rolling_model()
+    prepare_to_generate(model)
+    first = token_ids(1, 46)[0].tolist()
+    prompts = [first, [*first[:44], 7], [*first[:20], 9]]  # the second goes back a little, the third far
+    engine, cached = Engine(model, tokenizer, slots=slots), []
+    for prompt in prompts:
+        ticket = engine.submit(Request(prompt=prompt, max_new_tokens=5, logprobs=0), (pieces := []).append)
+        while engine.step():
+            pass
+        cached.append(ticket.cached_tokens)
+        said = [one.token_id for piece in pieces for one in piece.logprobs]
+        assert said == generate(model, [prompt], 5, stop_ids=tokenizer.stop_ids)[0]
+    assert cached == [0, 44, 0]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -20,11 +20,13 @@ import pytest
 import torch
 from conftest import ROOT, run_script, warm_python, write_adapters
 
+from lit_llama.batching import Piece
 from lit_llama.checkpoint import load_model
 from lit_llama.errors import InputError
 from lit_llama.generation import answer_questions
 from lit_llama.lora import load_adapter
 from lit_llama.server import ServeArguments, serve
+from lit_llama.server_answers import events, header_of
 from lit_llama.tokenizer import Tokenizer
 
 MODELS = ("base", "law", "tax")
@@ -352,6 +354,39 @@ def test_token_page_and_end(tiny_checkpoint: Path, experts: Path) -> None:
         stream = a_long_stream(right)
         process.send_signal(signal.SIGINT)  # what is under way is finished, and that is no failure
         assert len([chunk for chunk in stream if chunk.choices[0].finish_reason]) == 8
+
+
+def test_a_failure_within_a_stream_is_an_event(capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        requests = [None]
+
+        async def __aenter__(self) -> None: ...
+
+        async def __aexit__(self, *error: object) -> None: ...
+
+        async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+            yield 0, Piece("Oslo", 1)
+            raise RuntimeError("out of memory")
+
+    async def all_events() -> list[str]:
+        return [event async for event in events(Failing(), False, header_of(False, True, "base"), False)]
+
+    begin, piece, failure, done = asyncio.run(all_events())
+    assert begin == "" and "Oslo" in piece and done == "data: [DONE]\n\n"
+    assert json.loads(failure.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_another_name_of_this_machine_is_as_safe(tiny_checkpoint: Path) -> None:
+    with serving(tiny_checkpoint, "--host", "127.0.1.1") as (url, _, _):
+        assert "//127.0.1.1:" in url
+        body = {"model": "base", "prompt": "x", "max_tokens": 1}
+        assert ask(url, "/v1/completions", body)[0] == 200
+        status, answer = ask(url, "/v1/completions", body, {"Host": "rebound.example"})
+        assert status == 403 and "127.0.1.1 only" in answer["error"]["message"]
+        body["choices"] = ["a", "many words " * 50]
+        status, answer = ask(url, "/v1/completions", body | {"max_tokens": 4})
+        assert status == 400 and answer["error"]["param"] == "choices"
 
 
 def test_the_end_of_who_takes_too_long(tiny_checkpoint: Path) -> None:

@@ -57,6 +57,15 @@ def test_round_trip_of_any_text(kind: str, tokenizers: dict[str, Tokenizer]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_continuation_is_to_the_space_what_it_says(kind: str, tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers[kind]
+    for text in (" Oslo", "Oslo", "  x", "é", " 🙂"):
+        decoder = tokenizer.stream(continuation=True)
+        ids = tokenizer.encode(text, continuation=True)
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_stream_adds_up_to_decode_without_half_characters(kind: str, tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers[kind]
     for text in TEXTS[:400]:
