@@ -114,13 +114,13 @@ def test_a_full_window_takes_no_longer_pass_than_its_memory_allows() -> None:
 def test_memory_that_cannot_be_had_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = KVCache(rolling_model().config, 1, 500, torch.float32, quantize="int8")
     cache.reserve(10)
-    shapes, calls = [tensor.shape for tensor in cache.tensors()], []
+    shapes, calls, whole = [tensor.shape for tensor in cache.tensors()], [], kv_cache.F.pad
 
     def pad(tensor: Tensor, *rest: object) -> Tensor:
         calls.append(tensor)
         if len(calls) == 4:  # values are the second of four
             raise MemoryError
-        return torch.nn.functional.pad(tensor, *rest)
+        return whole(tensor, *rest)
 
     with monkeypatch.context() as context, pytest.raises(MemoryError):
         context.setattr(kv_cache.F, "pad", pad)
@@ -193,11 +193,11 @@ def test_what_a_slot_has_rolled_past_stays_lost_when_it_goes_back(tokenizer: Tok
     first = token_ids(1, 46)[0].tolist()
     prompts = [first, [*first[:44], 7], [*first[:20], 9]]  # the second goes back a little, the third far
     engine, cached = Engine(model, tokenizer, slots=slots), []
-    for prompt in prompts:
-        ticket = engine.submit(Request(prompt=prompt, max_new_tokens=5, logprobs=0), (pieces := []).append)
+    for prompt, new in zip(prompts, (5, 1, 5), strict=True):
+        ticket = engine.submit(Request(prompt=prompt, max_new_tokens=new, logprobs=0), (pieces := []).append)
         while engine.step():
             pass
         cached.append(ticket.cached_tokens)
         said = [one.token_id for piece in pieces for one in piece.logprobs]
-        assert said == generate(model, [prompt], 5, stop_ids=tokenizer.stop_ids)[0]
+        assert said == generate(model, [prompt], new, stop_ids=tokenizer.stop_ids)[0]
     assert cached == [0, 44, 0]
