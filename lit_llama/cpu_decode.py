@@ -260,7 +260,7 @@ def _supported(layer: nn.Module | None) -> bool:
     if isinstance(layer, LoRALinear | BankedLinear):
         return _supported(_base_layer(layer))
     if isinstance(layer, QuantizedLinear):
-        return layer.mode == "int8" or layer.four_bits() is not None
+        return layer.mode == "int8" or layer.has_four_bits
     return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 

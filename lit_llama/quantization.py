@@ -123,15 +123,20 @@ class QuantizedLinear(nn.Module):
         )
         return kernels.dequantize_4bit(self.codes, state)
 
+    @property
+    def has_four_bits(self) -> bool:
+        """Whether `four_bits` has something to give: not for 8 bits, nor where rows do not begin with a group."""
+        return self.mode == "int4" or (self.mode != "int8" and self.in_features % _NF4_BLOCK == 0)
+
     def four_bits(self) -> FourBitWeight | None:
-        """How the weight is stored; None for 8 bits, and where rows do not begin with a group of their own.
+        """How the weight is stored; None unless `has_four_bits`.
 
         No copy, but that double quantization's scales are made whole.
         """
         if self.mode == "int4":
             levels = torch.arange(16, dtype=torch.float32, device=self.codes.device)
             return FourBitWeight(self.codes, levels, self.scales, self.minima, _INT4_GROUP)
-        if self.mode == "int8" or self.in_features % _NF4_BLOCK:
+        if not self.has_four_bits:
             return None
         scales = self.scales
         if self.mode == "nf4-dq":
