@@ -42,7 +42,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["lit_llama", "lit_llama.*"]),
-    package_data={"lit_llama": ["*.cpp", "*.html"], "lit_llama.injection": ["*.css"]},
+    package_data={"lit_llama": ["*.cpp", "*.hpp", "*.html"], "lit_llama.injection": ["*.css"]},
     install_requires=[line for line in REQUIREMENTS if line],
     extras_require=EXTRAS,
 )

@@ -1,10 +1,9 @@
 // A Llama on a CPU: a few tokens of a few rows at once with every weight read once, where it lies; and, of a prompt,
-// everything between the matrix products.
+// everything between the matrix products, for which it makes quantized weights dense.
 //
-// Plain loops, which the compiler turns into vector instructions, and no library; it has to be told only how weights of
-// 4 bits are looked up. Residuals and activations are fp32; weights are fp32, bf16, int8 with a scale a row, or 4 bits
-// with a scale a group; keys and values are all but the last. What is computed for a row does not depend on the rows
-// beside it. `cpu_decode.py` compiles this file and calls it.
+// Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32,
+// weights any of `cpu_weights.hpp`, keys and values all of these but 4 bits. What is computed for a row does not depend on
+// the rows beside it. `cpu_decode.py` compiles this file and calls it.
 
 #include <algorithm>
 #include <atomic>
@@ -13,29 +12,12 @@
 #include <cstring>
 #include <thread>
 #include <vector>
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#include <immintrin.h>
-#endif
+
+#include "cpu_weights.hpp"
 
 namespace {
 
 constexpr long PIECE = 1 << 16;  // weights, some microseconds of work
-
-inline float value(float v) { return v; }
-inline float value(int8_t v) { return v; }
-inline float value(uint16_t bits) {  // bf16, the upper half of fp32
-    uint32_t word = uint32_t(bits) << 16;
-    float v;
-    memcpy(&v, &word, sizeof v);
-    return v;
-}
-
-inline void store(float v, float& to) { to = v; }
-inline void store(float v, uint16_t& to) {  // to the nearest, halfway to even
-    uint32_t word;
-    memcpy(&word, &v, sizeof word);
-    to = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-}
 
 // e^x within 2 units of the last place, in a form that the compiler can do for many x at once: 2^n 2^f with |f| <= 1/2.
 inline float exponential(float x) {
@@ -49,93 +31,9 @@ inline float exponential(float x) {
 
 inline float silu(float x) { return x / (1 + exponential(std::min(-x, 87.0f))); }
 
-template <class T>
-float dot(const T* a, const float* b, long n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++) sum += value(a[i]) * b[i];
-    return sum;
-}
-
-constexpr long CHUNK = 32;  // weights of 4 bits that are looked up together; groups are multiples of it
-
-// The product of a row of weights of 4 bits with x, which is `arranged`: levels[code] * scale (+ minimum) of its group.
-template <class T>
-float dot(const uint8_t* codes, const float* levels, const T* scales, const T* minima, long group, const float* x,
-          long n) {
-#if defined(__AVX512F__)
-    __m512 even = _mm512_setzero_ps(), odd = even;
-    const __m512 sixteen = _mm512_loadu_ps(levels);
-    for (long g = 0; g < n / group; g++) {
-        const __m512 minimum = _mm512_set1_ps(minima ? value(minima[g]) : 0);
-        const __m512 table = _mm512_fmadd_ps(sixteen, _mm512_set1_ps(value(scales[g])), minimum);
-        for (const float* end = x + group; x < end; x += CHUNK, codes += CHUNK / 2) {
-            // The look-up takes the lower four bits of each number.
-            const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
-            const __m512 first = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
-            even = _mm512_fmadd_ps(first, _mm512_loadu_ps(x), even);
-            odd = _mm512_fmadd_ps(_mm512_permutexvar_ps(pairs, table), _mm512_loadu_ps(x + CHUNK / 2), odd);
-        }
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
-#elif defined(__AVX2__) && defined(__FMA__)
-    __m256 even = _mm256_setzero_ps(), odd = even;
-    for (long g = 0; g < n / group; g++) {
-        const __m256 minimum = _mm256_set1_ps(minima ? value(minima[g]) : 0), scale = _mm256_set1_ps(value(scales[g]));
-        const __m256 lower = _mm256_fmadd_ps(_mm256_loadu_ps(levels), scale, minimum);
-        const __m256 upper = _mm256_fmadd_ps(_mm256_loadu_ps(levels + 8), scale, minimum);
-        // Looked up by the lower three bits in both halves of the table; the fourth, as a sign, says which it was.
-        auto look_up = [&](__m256i code) {
-            const __m256 low = _mm256_permutevar8x32_ps(lower, code), high = _mm256_permutevar8x32_ps(upper, code);
-            return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
-        };
-        for (const float* end = x + group; x < end; x += CHUNK, codes += CHUNK / 2)
-            for (long i = 0; i < CHUNK / 2; i += 8) {
-                const __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)));
-                even = _mm256_fmadd_ps(look_up(_mm256_srli_epi32(pairs, 4)), _mm256_loadu_ps(x + i), even);
-                odd = _mm256_fmadd_ps(look_up(pairs), _mm256_loadu_ps(x + CHUNK / 2 + i), odd);
-            }
-    }
-    float lanes[8];
-    _mm256_storeu_ps(lanes, _mm256_add_ps(even, odd));
-    return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-#else
-    float sum = 0;
-    for (long g = 0; g < n / group; g++) {
-        float table[16], minimum = minima ? value(minima[g]) : 0;
-        for (long i = 0; i < 16; i++) table[i] = levels[i] * value(scales[g]) + minimum;
-        for (const float* end = x + group; x < end; x += CHUNK, codes += CHUNK / 2)
-            for (long i = 0; i < CHUNK / 2; i++)
-                sum += table[codes[i] >> 4] * x[i] + table[codes[i] & 15] * x[CHUNK / 2 + i];
-    }
-    return sum;
-#endif
-}
-
-// Of each chunk, the numbers of even places and then those of odd ones, as they lie in the halves of bytes.
-inline void arrange(const float* x, long n, float* to) {
-    for (long start = 0; start < n; start += CHUNK)
-        for (long i = 0; i < CHUNK / 2; i++) {
-            to[start + i] = x[start + 2 * i];
-            to[start + CHUNK / 2 + i] = x[start + 2 * i + 1];
-        }
-}
-
 }  // namespace
 
 extern "C" {
-
-enum Kind : int64_t { FP32, BF16, INT8, FOUR_BITS };
-
-struct Matrix {  // (out, in), rows one after the other
-    int64_t kind, out, in;
-    const void* weight;
-    const void* scales;  // of int8 fp32, one a row; of 4 bits one a group
-    // Of 4 bits:
-    const void* minima;   // null: nothing is added
-    const float* levels;  // 16
-    int64_t group, bf16;  // bf16: scales and minima, else fp32
-};
 
 struct LowRank {  // what an adapter adds to a matrix: B A x
     int64_t r;     // 0: nothing
@@ -163,29 +61,13 @@ struct Step {  // what changes from step to step
 
 struct Prompt {
     int64_t rows, length, capacity;
-    const int64_t *positions, *columns;  // (rows, length): of the tokens, and where their keys and values are put
-    const float *cosines, *sines;        // (rows, length, head_dim), the first half of sines negated
+    const int64_t* columns;        // (rows, length): where keys and values of the tokens are put
+    const float *cosines, *sines;  // (rows, length, head_dim), the first half of sines negated
 };
 
 }  // extern "C"
 
 namespace {
-
-template <class T>
-float four_bits_dot(const Matrix& m, long row, const float* arranged) {
-    const T *scales = (const T*)m.scales + row * (m.in / m.group), *minima = nullptr;
-    if (m.minima) minima = (const T*)m.minima + row * (m.in / m.group);
-    return dot((const uint8_t*)m.weight + row * m.in / 2, m.levels, scales, minima, m.group, arranged, m.in);
-}
-
-// x, for a matrix of 4 bits arranged, by one row.
-float row_dot(const Matrix& m, long row, const float* x) {
-    long at = row * m.in;
-    if (m.kind == FP32) return dot((const float*)m.weight + at, x, m.in);
-    if (m.kind == BF16) return dot((const uint16_t*)m.weight + at, x, m.in);
-    if (m.kind == INT8) return dot((const int8_t*)m.weight + at, x, m.in) * ((const float*)m.scales)[row];
-    return m.bf16 ? four_bits_dot<uint16_t>(m, row, x) : four_bits_dot<float>(m, row, x);
-}
 
 // Half-split, as Hugging Face; `to` may be x.
 template <class T>
@@ -490,24 +372,16 @@ struct Decoder {
         });
     }
 
-    // Scores (rows, heads, queries, keys) of the prompt's tokens `first` .. into attention weights, in place.
+    // Rows first .. end of a quantized matrix, dense.
     template <class T>
-    void softmax(const Prompt& p, T* scores, long first, long queries, long keys) {
-        float scale = 1 / std::sqrt(float(shape.head_dim));
-        split(p.rows * shape.heads * queries, [&](long line, long end) {
-            std::vector<float> weights(keys);
-            for (; line < end; line++) {
-                long row = line / (shape.heads * queries), position = p.positions[row * p.length + first + line % queries];
-                long from = shape.window ? std::max(0L, position - shape.window + 1) : 0L, to = position + 1;
-                T* own = scores + line * keys;
-                float largest = -3e38f, total = 0;
-                for (long i = from; i < to; i++) weights[i] = scale * value(own[i]);
-                for (long i = from; i < to; i++) largest = std::max(largest, weights[i]);
-                for (long i = from; i < to; i++) total += weights[i] = exponential(weights[i] - largest);
-                float share = 1 / total;
-                for (long i = 0; i < from; i++) store(0, own[i]);
-                for (long i = from; i < to; i++) store(weights[i] * share, own[i]);
-                for (long i = to; i < keys; i++) store(0, own[i]);
+    void unpack(const Matrix& m, long first, long end, T* to) {
+        split(end - first, [&](long i, long last) {
+            for (; i < last; i++) {
+                long row = first + i;
+                T* dense = to + i * m.in;
+                if (m.kind == INT8) unpack_row((int8_t*)m.weight + row * m.in, ((float*)m.scales)[row], m.in, dense);
+                else if (m.bf16) unpack_row<uint16_t>(m, row, dense);
+                else unpack_row<float>(m, row, dense);
             }
         });
     }
@@ -566,10 +440,10 @@ void decoder_rotate_and_store(void* handle, const Prompt* prompt, const void* q,
     });
 }
 
-void decoder_softmax(void* handle, const Prompt* prompt, void* scores, int64_t first, int64_t queries, int64_t keys) {
-    with_dtype(handle, [=](Decoder& decoder, auto zero) {
-        decoder.softmax(*prompt, (decltype(zero)*)scores, first, queries, keys);
-    });
+void decoder_unpack(void* handle, int64_t matrix, int64_t first, int64_t end, int64_t bf16, void* to) {
+    Decoder* decoder = (Decoder*)handle;
+    if (bf16) decoder->unpack(decoder->matrices[matrix], first, end, (uint16_t*)to);
+    else decoder->unpack(decoder->matrices[matrix], first, end, (float*)to);
 }
 
 void decoder_gate_times_up(void* handle, int64_t count, void* gate, const void* up) {

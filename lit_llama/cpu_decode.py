@@ -2,9 +2,9 @@
 
 PyTorch spends most of a step of generation between kernels, and its kernels for few rows read the weights at half of
 what the memory can. `cpu_decode.cpp` does a whole step in one call, on the weights where they lie: nothing is copied or
-packed, so that it is ready at once. Of a prompt the matrix products are PyTorch's, and all between them is in that file
-too. It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without one, or with a
-layer that it does not know, everything goes through the model as before.
+packed, so that it is ready at once. Of a prompt the matrix products and attention are PyTorch's, and all between them
+is in that file too. It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without
+one, or with a layer that it does not know, everything goes through the model as before.
 
 Which tokens are asked for and how they are chosen is `generation.py`; keys and values lie in `model.KVCache`.
 """
@@ -17,25 +17,29 @@ import shutil
 import subprocess
 import sys
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama.adapters import AdapterBank, BankedLinear
 from lit_llama.command_line import progress
 from lit_llama.errors import RunError
 from lit_llama.files import atomic_path
-from lit_llama.functional import QUERY_BLOCK, attention
+from lit_llama.functional import attention
 from lit_llama.kv_cache import KVCache
 from lit_llama.lora_linear import LoRALinear
 from lit_llama.model import MLP, Llama, rotary_inverse_frequencies
 from lit_llama.quantization import FourBitWeight, QuantizedLinear
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_HEADER = _SOURCE.with_name("cpu_weights.hpp")
+# GCC holds some processors that have longer vectors to 256 bits.
+_VECTORS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC",
+    "-std=c++17", "-O3", "-march=native", *_VECTORS, "-shared", "-fPIC",
     # Apple's compiler has no OpenMP: one thread there. Elsewhere the threads are PyTorch's own, whose library it is.
     "-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp",
     # Sums may be taken in any order, nothing is infinite, and nobody asks for the exceptions of arithmetic.
@@ -78,7 +82,7 @@ class _Step(Structure):
 class _Prompt(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "length", "capacity")),
-        *((name, c_void_p) for name in ("positions", "columns", "cosines", "sines")),
+        *((name, c_void_p) for name in ("columns", "cosines", "sines")),
     ]
 
 
@@ -93,6 +97,7 @@ class CPUDecoder:
     def __init__(self, model: Llama, layers: list[nn.Module], library: ctypes.CDLL) -> None:
         config = model.config
         self.library, self.model = library, model
+        self.dtype = model.model.norm.weight.dtype
         self.frequencies = rotary_inverse_frequencies(config)
         self.bank: AdapterBank | None = getattr(model, "adapter_bank", None)
         weights = list(map(_base_layer, layers))
@@ -111,7 +116,7 @@ class CPUDecoder:
             weights[-1].out_features,
             config.sliding_window or 0,
             config.rms_norm_eps,
-            model.model.norm.weight.dtype == torch.bfloat16,
+            self.dtype == torch.bfloat16,
         )
         four_bits = [layer.four_bits() if isinstance(layer, QuantizedLinear) else None for layer in weights]
         matrices = (_Matrix * len(weights))(*map(_matrix, weights, four_bits))
@@ -119,6 +124,9 @@ class CPUDecoder:
         self.handle = c_void_p(
             library.decoder_new(ctypes.byref(shape), matrices, _pointers(self._norms), torch.get_num_threads())
         )
+        for number, layer in enumerate(weights):
+            if isinstance(layer, QuantizedLinear):
+                layer.unpack = partial(self._unpack, number)
         low_ranks = [_low_rank(factors) for adapter in self._adapters for factors in adapter]
         library.decoder_set_adapters(self.handle, (_LowRank * len(low_ranks))(*low_ranks), len(self._adapters))
 
@@ -128,18 +136,15 @@ class CPUDecoder:
     def read(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Read (rows, length) int64 ids into the cache; returns the last's normalised hidden states (rows, hidden)."""
         rows, length = input_ids.shape
-        if self.bank is not None:
-            self.bank.begin_pass(self.model.model, (input_ids,), {"cache": cache})
+        self._begin_pass(input_ids, cache)
         cache.prepare(length, in_order=True)
-        positions, columns = (places.expand(rows, -1).contiguous() for places in (cache.positions, cache.columns))
-        tables = self._rotary_tables(positions)
-        capacity = cache.capacity
+        tables = self._rotary_tables(cache.positions.expand(rows, -1))
+        columns, capacity = cache.columns.expand(rows, -1).contiguous(), cache.capacity
         # Whether what is computed and seen lies in the cache as it is, and in order.
         in_place = not cache.key_scales and cache.first is None
         if not in_place:
             columns, capacity = torch.arange(length).repeat(rows, 1), length
-            positions = positions if cache.first is None else positions - cache.first
-        prompt = _Prompt(rows, length, capacity, *map(_pointer, (positions, columns, *tables)))
+        prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, *tables)))
 
         x = self.model.model.embed_tokens(input_ids).float()
         added, normed = None, torch.empty(x.shape, dtype=cache.dtype)
@@ -149,6 +154,11 @@ class CPUDecoder:
             projections = (attention_layer.q_proj, attention_layer.k_proj, attention_layer.v_proj)
             query, key, value = (projection(normed) for projection in projections)
             mixed = self._attend(query, key, value, number, cache, prompt, in_place)
+            if number == len(self.model.model.layers) - 1:
+                # Nothing more is asked of the others. Two: of one the products would run in another kernel.
+                x, mixed = x[:, -2:].contiguous(), mixed[:, -2:]
+                normed = torch.empty(x.shape, dtype=cache.dtype)
+                self._begin_pass(input_ids[:, -2:], cache)
             added = attention_layer.o_proj(mixed)
             self._add_and_normalise(x, added, 2 * number + 1, normed)
             gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
@@ -158,13 +168,17 @@ class CPUDecoder:
         cache.length += length
         return normed[:, -1]
 
+    def _begin_pass(self, input_ids: Tensor, cache: KVCache) -> None:
+        if self.bank is not None:
+            self.bank.begin_pass(self.model.model, (input_ids,), {"cache": cache})
+
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, layer: int, cache: KVCache, prompt: _Prompt, in_place: bool
     ) -> Tensor:
         """Attention of a prompt (rows, length, heads * head_dim each) over the cache, in which it is stored."""
         rows, kv_heads, _, head_dim = cache.keys[layer].shape
         length, heads = prompt.length, query.shape[-1] // head_dim
-        queries = torch.empty(rows * kv_heads, heads // kv_heads, length, head_dim, dtype=query.dtype)
+        queries = torch.empty(rows, heads, length, head_dim, dtype=query.dtype)
         keys, values = cache.keys[layer], cache.values[layer]
         if not in_place:
             keys, values = (torch.empty(rows, kv_heads, length, head_dim, dtype=query.dtype) for _ in range(2))
@@ -172,19 +186,19 @@ class CPUDecoder:
         self.library.decoder_rotate_and_store(self.handle, ctypes.byref(prompt), *pointers)
         if not in_place:
             keys, values = cache.append(layer, keys, values)
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        before = min(cache.length + length, cache.capacity) - length  # keys in front of the first query's own
-        mixed = torch.empty(rows, length, heads, head_dim, dtype=query.dtype)
-        for start in range(0, length, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, length)
-            seen = before + end  # no query of the block is further on
-            block = queries[:, :, start:end].flatten(1, 2)
-            scores = torch.bmm(block, keys[:, :seen].transpose(1, 2))
-            self.library.decoder_softmax(
-                self.handle, ctypes.byref(prompt), _pointer(scores), start, end - start, scores.shape[-1]
-            )
-            weighted = torch.bmm(scores, values[:, :seen])
-            mixed[:, start:end] = weighted.view(rows, heads, end - start, head_dim).transpose(1, 2)
+        if cache.length or (cache.sliding_window is not None and length > cache.sliding_window):
+            keys, values = keys[:, :, : cache.attended], values[:, :, : cache.attended]
+            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=cache.mask, enable_gqa=True)
+            return mixed.transpose(1, 2).flatten(2)
+        mixed = torch.zeros(rows, length, heads, head_dim, dtype=query.dtype)
+        groups = [(slice(rows), 0)]
+        if cache.padding is not None:  # each row as it would be alone, to the bit
+            groups = [(slice(row, row + 1), padding) for row, padding in enumerate(cache.padding.tolist())]
+        for group, padding in groups:
+            own = (tensor[group, :, : length - padding] for tensor in (keys, values))
+            mixed[group, padding:] = F.scaled_dot_product_attention(
+                queries[group, :, padding:], *own, is_causal=True, enable_gqa=True
+            ).transpose(1, 2)
         return mixed.flatten(2)
 
     def _add_and_normalise(self, x: Tensor, added: Tensor | None, norm: int, normed: Tensor) -> None:
@@ -192,6 +206,13 @@ class CPUDecoder:
         x_at, added_at, normed_at = (None if tensor is None else _pointer(tensor) for tensor in tensors)
         rows = x.shape[0] * x.shape[1]
         self.library.decoder_add_and_normalise(self.handle, rows, x_at, added_at, norm, normed_at)
+
+    def _unpack(self, matrix: int, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of a quantized matrix, dense."""
+        dense = torch.empty(rows.stop - rows.start, self._weights[matrix].in_features, dtype=dtype)
+        to = (dtype == torch.bfloat16, _pointer(dense))
+        self.library.decoder_unpack(self.handle, matrix, rows.start, rows.stop, *to)
+        return dense
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, the first half of it negated, fp32 (*positions.shape, head_dim)."""
@@ -323,7 +344,8 @@ def _library() -> ctypes.CDLL | None:
         progress("no C++ compiler found: generating at a fraction of the speed (install g++ or set CXX)")
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())))
+    files = (_SOURCE.read_bytes(), _HEADER.read_bytes())
+    key = hashlib.sha256(b"\0".join((*files, version, " ".join(_FLAGS).encode(), _processor())))
     try:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_llama"
         path = directory / f"cpu_decode-{key.hexdigest()[:16]}.so"
@@ -344,7 +366,7 @@ def _library() -> ctypes.CDLL | None:
     library.decoder_step.argtypes = [c_void_p, POINTER(_Step)]
     library.decoder_add_and_normalise.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
     library.decoder_rotate_and_store.argtypes = [c_void_p, POINTER(_Prompt), *[c_void_p] * 6]
-    library.decoder_softmax.argtypes = [c_void_p, POINTER(_Prompt), c_void_p, c_int64, c_int64, c_int64]
+    library.decoder_unpack.argtypes = [c_void_p, *[c_int64] * 4, c_void_p]
     library.decoder_gate_times_up.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     library.decoder_delete.argtypes = [c_void_p]
     return library

@@ -92,8 +92,8 @@ def generate_stream(
 ) -> Iterator[tuple[int, int]]:
     """Generate token by token, all rows in step.
 
-    A greedy row does not depend on its neighbours: on a CPU in bf16 bit for bit, elsewhere up to the rounding of matrix
-    products, whose kernel the library chooses by the number of rows.
+    A greedy row does not depend on its neighbours: on a CPU in bf16 bit for bit if all prompts are read in one pass,
+    elsewhere up to the rounding of matrix products, whose kernel the library chooses by the number of rows.
 
     Args:
         model: in eval mode, with whatever wraps its layers.

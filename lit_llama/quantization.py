@@ -13,7 +13,7 @@ numbers.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple, get_args
@@ -56,6 +56,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.mode = mode
         self.out_features, self.in_features = out_features, in_features
+        self.unpack: Callable[[slice, torch.dtype], Tensor] | None = None
+        """Makes rows dense, to the same bits as is done here but quicker; `cpu_decode.py` has it for generating."""
 
     @classmethod
     def from_weight(cls, weight: Tensor, mode: Quantization) -> "QuantizedLinear":
@@ -98,6 +100,8 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight as stored, dense (out, in)."""
+        if self.unpack is not None:
+            return self.unpack(slice(0, self.out_features), dtype)
         if self.mode == "int8":
             return self.dequantize_rows(slice(None), dtype)
         if self.mode == "int4":
@@ -154,7 +158,7 @@ class QuantizedLinear(nn.Module):
         """(rows, their dense weight), few enough at a time for a weight as tall as the vocabulary; int8 only."""
         for start in range(0, self.out_features, _ROWS):
             rows = slice(start, min(start + _ROWS, self.out_features))
-            yield rows, self.dequantize_rows(rows, dtype)
+            yield rows, (self.unpack or self.dequantize_rows)(rows, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedLinearFunction.apply(x, self)

@@ -168,10 +168,29 @@ def test_quantized_weights_are_used_as_stored(tiny_checkpoint: Path, tmp_path: P
     torch.testing.assert_close(decoded(model, ids, 20), expected, rtol=1e-4, atol=1e-4)
 
 
+def made_dense(model: Llama) -> list[Tensor]:
+    """The weights of the quantized layers, in both dtypes; the head's in pieces where it is so."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    dense = [layer.dequantize(dtype) for layer in layers for dtype in (torch.float32, torch.bfloat16)]
+    return dense + (
+        [piece for _, piece in model.lm_head.dense_pieces(torch.bfloat16)] if layers[-1].mode == "int8" else []
+    )
+
+
+@pytest.mark.parametrize("weights", ["int8", *FOUR_BITS])
+def test_quantized_weights_are_made_dense_to_the_same_bits(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_llama.quantization._ROWS", 128)
+    model = model_of(weights)
+    expected, decoder = made_dense(model), cpu_decoder(model)
+    assert decoder is not None and model.lm_head.unpack is not None
+    assert all(map(torch.equal, made_dense(model), expected))
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
 @pytest.mark.parametrize("without", [["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2", "-mno-fma"]])
 def test_older_processors_compute_the_same(without: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models, ids = [model_of(weights) for weights in ("fp32", "int8", "int4", "nf4")], token_ids(2, 20)
+    models, ids = [model_of(weights) for weights in ("int8", "int4", "nf4", "fp32")], token_ids(2, 20)
+    dense = [made_dense(model) for model in models[:-1]]
     expected = [decoded(model, ids, 10) for model in models]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu_decode, "_FLAGS", (*cpu_decode._FLAGS, *without))
@@ -181,6 +200,8 @@ def test_older_processors_compute_the_same(without: list[str], tmp_path: Path, m
             torch.testing.assert_close(decoded(model, ids, 10), logits, rtol=1e-4, atol=1e-4)
     finally:
         cpu_decode._library.cache_clear()
+    for model, weights in zip(models, dense, strict=False):
+        assert all(map(torch.equal, made_dense(model), weights))
 
 
 @pytest.mark.parametrize("options", [{}, {"rslora": True, "targets": ["v_proj", "down_proj"]}, {"init": "pissa"}])
