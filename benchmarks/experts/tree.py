@@ -2,11 +2,13 @@
 
 python -m benchmarks.experts.tree --checkpoint_dir checkpoints/smollm2-135m-instruct
 
-Three experiments, each with every arm on the same pieces in the same order (a seed is order and initial values):
+Every arm takes the same pieces in the same order (a seed is order and initial values), and its update is scaled alike:
+alpha / r would give a higher rank longer steps, which in a short run would be its whole advantage.
 
+rates    the learning rate, chosen on a seed and by held-out loss of its own
 mixed    four domains at equal tokens; loss on held-out pieces
 single   one domain alone, where a tree has nothing to tell apart; loss on held-out pieces of it
-absorb   rank 1 and many passes over few pieces, so that one leaf's rank is full; loss on those very pieces
+absorb   rank 1 in one layer of each block, many passes over few pieces; loss on those very pieces
 """
 
 import json
@@ -21,20 +23,35 @@ from lit_llama.files import write_json
 from lit_llama.hardware import run_environment
 from lit_llama.tokenizer import Tokenizer
 
+RATES = ("1e-3", "3e-3", "1e-2")
+RATE = "3e-3"
+"""Of all arms: the best of RATES for plain LoRA and for the tree."""
 PLAIN = ("LoRA, one leaf's rank", "LoRA, all leaves' rank")
-EXPERIMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "mixed": (tuple(ARMS), ()),
-    "single": (("base", *PLAIN, "tree"), ("--domains", '["weaknesses"]')),
-    "absorb": (("base", *PLAIN, "tree", "mixture, top 2"), ("--r", "1", "--measured_split", "train")),
+SMALL = ("--r", "1", "--targets", '["down_proj"]', "--measured_split", "train")
+EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "rates": {
+        f"{arm}, {rate}": ("--arm", arm, "--learning_rate", rate) for rate in RATES for arm in (PLAIN[0], "tree")
+    },
+    "mixed": {arm: ("--arm", arm, "--learning_rate", RATE) for arm in ARMS},
+    "single": {
+        arm: ("--arm", arm, "--learning_rate", RATE, "--domains", '["weaknesses"]') for arm in ("base", *PLAIN, "tree")
+    },
+    "absorb": {
+        arm: ("--arm", arm, "--learning_rate", RATE, *SMALL) for arm in ("base", *PLAIN, "tree", "mixture, top 2")
+    },
 }
-"""Arms and options."""
+"""Options of `tree_run.py` for each arm."""
+RATES_SEED = 100
+"""Not among those that are compared."""
 TIERS: dict[str, dict[str, dict[str, float]]] = {
     "cpu": {
-        "mixed": {"tokens": 12_000, "val_tokens": 3_000, "epochs": 1},
-        "single": {"tokens": 12_000, "val_tokens": 3_000, "epochs": 1},
-        "absorb": {"tokens": 2_500, "val_tokens": 1_000, "epochs": 6},
+        "rates": {"tokens": 10_000, "val_tokens": 2_000, "epochs": 1},
+        "mixed": {"tokens": 10_000, "val_tokens": 2_000, "epochs": 1},
+        "single": {"tokens": 10_000, "val_tokens": 2_000, "epochs": 3},
+        "absorb": {"tokens": 500, "val_tokens": 500, "epochs": 20},
     },
     "cuda": {
+        "rates": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
         "mixed": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
         "single": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
         "absorb": {"tokens": 50_000, "val_tokens": 5_000, "epochs": 20},
@@ -51,7 +68,7 @@ def main(
     work_dir: Path = Path("out/benchmark-tree"),
     out: Path | None = None,
     tier: Literal["cpu", "cuda"] = "cpu",
-    experiments: list[Literal["mixed", "single", "absorb"]] | None = None,
+    experiments: list[Literal["rates", "mixed", "single", "absorb"]] | None = None,
     seeds: int = 3,
     workers: int = 2,
     threads: int = 1,
@@ -72,7 +89,7 @@ def main(
     tokenizer = Tokenizer.from_checkpoint(checkpoint_dir)
     results: dict[str, Any] = {"setting": {"model": checkpoint_dir.name, "tier": tier, "seeds": seeds}}
     for experiment in experiments or list(EXPERIMENTS):
-        arms, options = EXPERIMENTS[experiment]
+        arms = EXPERIMENTS[experiment]
         size = TIERS[tier][experiment]
         texts = work_dir / f"{experiment}.json"
         if not texts.is_file():
@@ -83,19 +100,19 @@ def main(
                 Run(
                     "benchmarks/experts/tree_run.py",
                     work_dir / experiment / f"{arm.replace(', ', '-').replace(' ', '-')}-seed-{seed}",
-                    ("--checkpoint_dir", str(checkpoint_dir), "--texts_file", str(texts), "--arm", arm)
+                    ("--checkpoint_dir", str(checkpoint_dir), "--texts_file", str(texts))
                     + ("--seed", str(seed), "--epochs", str(size["epochs"]), *options),
                 )
-                for seed in range(seeds if arm != "base" else 1)
+                for seed in ([RATES_SEED] if experiment == "rates" else [0] if arm == "base" else range(seeds))
             ]
-            for arm in arms
+            for arm, options in arms.items()
         }
         # Seed by seed, so that what is done when it is stopped can be compared.
         complete([own[seed] for seed in range(seeds) for own in runs.values() if seed < len(own)], workers, threads)
         measured = {arm: [read(one, "measured.json") for one in own] for arm, own in runs.items()}
         results[experiment] = {"tokens_a_domain": size["tokens"], "epochs": size["epochs"], "arms": {}}
         for arm, own in measured.items():
-            results[experiment]["arms"][arm] = summary(own, measured["LoRA, all leaves' rank"])
+            results[experiment]["arms"][arm] = summary(own, measured.get("LoRA, all leaves' rank", []))
     results |= run_environment()
     if out is not None:
         write_json(out, results)

@@ -21,6 +21,7 @@ from lit_llama.evaluation.perplexity import evaluate_loss, store_of_texts
 from lit_llama.files import read_json, write_json
 from lit_llama.generation import generate
 from lit_llama.learners import LoRATreeArguments, lora_tree_learner
+from lit_llama.lora import LINEAR_NAMES
 from lit_llama.lora_tree import LoRATreeConfig, leaf_counts, mutual_information, routing_figures, soft_routing
 from lit_llama.model import Llama
 from lit_llama.tokenizer import Tokenizer
@@ -52,7 +53,9 @@ class Arguments:
     arm: str
     out_dir: Path
     r: int = 4
-    """Of a leaf."""
+    """Of a leaf; alpha is twice that, whatever the arm's rank."""
+    targets: list[str] = field(default_factory=lambda: list(LINEAR_NAMES))
+    """Linear layers that are adapted."""
     domains: list[str] | None = None
     """Train on these only; all are measured."""
     measured_split: str = "val"
@@ -89,11 +92,11 @@ def trained(
     rank = arguments.r * options.pop("ranks", 1)
     batch = TrainConfig(
         epochs=arguments.epochs, learning_rate=arguments.learning_rate, sequence_length=arguments.sequence_length,
-        micro_batch_size=4, global_batch_size=4, seed=arguments.seed,
+        micro_batch_size=2, global_batch_size=2, seed=arguments.seed,
     )  # fmt: skip
     run_arguments = LoRATreeArguments(
         checkpoint_dir=arguments.checkpoint_dir, out_dir=arguments.out_dir, data_dir=str(arguments.texts_file),
-        lora_tree=LoRATreeConfig(r=rank, alpha=2 * rank, **options), train=batch,
+        lora_tree=LoRATreeConfig(r=rank, alpha=2 * arguments.r, targets=arguments.targets, **options), train=batch,
         eval=EvalConfig(interval=10**6, max_windows=4), resume=arguments.resume,
     )  # fmt: skip
     fabric = start_fabric(run_arguments)
