@@ -23,10 +23,14 @@ from lit_llama.files import write_json
 from lit_llama.hardware import run_environment
 from lit_llama.tokenizer import Tokenizer
 
-RATES = ("1e-3", "3e-3", "1e-2")
+RATES, ABSORB_RATES = ("1e-3", "3e-3", "1e-2"), ("1e-2", "3e-2", "3e-3")
 RATE = "3e-3"
 """Of all arms: the best of RATES for plain LoRA and for the tree."""
+ABSORB_RATE = "1e-2"
+"""The best of ABSORB_RATES for both."""
 PLAIN = ("LoRA, one leaf's rank", "LoRA, all leaves' rank")
+COMPARED = (*PLAIN, "random tree")
+"""Arms that the others are compared with: fewer and as many parameters, and routing that has learned nothing."""
 SMALL = ("--r", "1", "--targets", '["down_proj"]', "--measured_split", "train")
 EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "rates": {
@@ -36,9 +40,12 @@ EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "single": {
         arm: ("--arm", arm, "--learning_rate", RATE, "--domains", '["weaknesses"]') for arm in ("base", *PLAIN, "tree")
     },
-    "absorb": {
-        arm: ("--arm", arm, "--learning_rate", RATE, *SMALL) for arm in ("base", *PLAIN, "tree", "mixture, top 2")
+    "absorb_rates": {
+        f"{arm}, {rate}": ("--arm", arm, "--learning_rate", rate, *SMALL)
+        for rate in ABSORB_RATES
+        for arm in (PLAIN[1], "tree")
     },
+    "absorb": {arm: ("--arm", arm, "--learning_rate", ABSORB_RATE, *SMALL) for arm in ("base", *PLAIN, "tree")},
 }
 """Options of `tree_run.py` for each arm."""
 RATES_SEED = 100
@@ -48,12 +55,14 @@ TIERS: dict[str, dict[str, dict[str, float]]] = {
         "rates": {"tokens": 10_000, "val_tokens": 2_000, "epochs": 1},
         "mixed": {"tokens": 10_000, "val_tokens": 2_000, "epochs": 1},
         "single": {"tokens": 10_000, "val_tokens": 2_000, "epochs": 3},
+        "absorb_rates": {"tokens": 500, "val_tokens": 500, "epochs": 20},
         "absorb": {"tokens": 500, "val_tokens": 500, "epochs": 20},
     },
     "cuda": {
         "rates": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
         "mixed": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
         "single": {"tokens": 100_000, "val_tokens": 20_000, "epochs": 3},
+        "absorb_rates": {"tokens": 50_000, "val_tokens": 5_000, "epochs": 20},
         "absorb": {"tokens": 50_000, "val_tokens": 5_000, "epochs": 20},
     },
 }
@@ -68,7 +77,7 @@ def main(
     work_dir: Path = Path("out/benchmark-tree"),
     out: Path | None = None,
     tier: Literal["cpu", "cuda"] = "cpu",
-    experiments: list[Literal["rates", "mixed", "single", "absorb"]] | None = None,
+    experiments: list[Literal["rates", "mixed", "single", "absorb_rates", "absorb"]] | None = None,
     seeds: int = 3,
     workers: int = 2,
     threads: int = 1,
@@ -103,7 +112,7 @@ def main(
                     ("--checkpoint_dir", str(checkpoint_dir), "--texts_file", str(texts))
                     + ("--seed", str(seed), "--epochs", str(size["epochs"]), *options),
                 )
-                for seed in ([RATES_SEED] if experiment == "rates" else [0] if arm == "base" else range(seeds))
+                for seed in ([RATES_SEED] if experiment.endswith("rates") else [0] if arm == "base" else range(seeds))
             ]
             for arm, options in arms.items()
         }
@@ -112,15 +121,16 @@ def main(
         measured = {arm: [read(one, "measured.json") for one in own] for arm, own in runs.items()}
         results[experiment] = {"tokens_a_domain": size["tokens"], "epochs": size["epochs"], "arms": {}}
         for arm, own in measured.items():
-            results[experiment]["arms"][arm] = summary(own, measured.get("LoRA, all leaves' rank", []))
+            others = {name: measured[name] for name in COMPARED if name in measured and name != arm}
+            results[experiment]["arms"][arm] = summary(own, others)
     results |= run_environment()
     if out is not None:
         write_json(out, results)
     print(json.dumps(results, indent=2))
 
 
-def summary(own: list[dict[str, Any]], compared: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds with intervals; differences to plain LoRA of as many parameters, seed by seed."""
+def summary(own: list[dict[str, Any]], others: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds with intervals; differences of the pooled loss to the other arms, seed by seed."""
     found: dict[str, Any] = {
         "pooled_loss": interval([one["pooled_loss"] for one in own]),
         "loss": {domain: interval([one["loss"][domain] for one in own]) for domain in DOMAINS},
@@ -130,9 +140,10 @@ def summary(own: list[dict[str, Any]], compared: list[dict[str, Any]]) -> dict[s
             for batch in own[0]["decode_tokens_per_second"]
         },
     }
-    if len(own) == len(compared) and own is not compared:
-        pairs = zip(own, compared, strict=True)
-        found["pooled_loss_over_plain"] = interval([one["pooled_loss"] - other["pooled_loss"] for one, other in pairs])
+    for name, other in others.items():
+        if len(own) == len(other):
+            differences = [one["pooled_loss"] - two["pooled_loss"] for one, two in zip(own, other, strict=True)]
+            found[f"pooled_loss_over {name}"] = interval(differences)
     if "soft_pooled_loss" in own[0]:
         found["soft_hard_gap"] = interval([one["pooled_loss"] - one["soft_pooled_loss"] for one in own])
     if "routing" in own[0]:
