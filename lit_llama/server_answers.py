@@ -162,14 +162,13 @@ class Service:
                     "context_length_exceeded",
                     "messages" if isinstance(body, ChatRequest) else "prompt",
                 )
+        most_tokens = [most or min(self.max_new_tokens, context - len(prompt)) for prompt in prompts]
         choices = None
         if body.choices:
             choices = ChoiceTree(self.engine.tokenizer, list(dict.fromkeys(body.choices)))
-            room = most or min(self.max_new_tokens, context - max(map(len, prompts)))
-            if choices.longest > room:
-                raise ApiError(
-                    400, f"a choice has {choices.longest} tokens, and the answer at most {room}", param="choices"
-                )
+            if choices.longest > min(most_tokens):
+                message = f"a choice has {choices.longest} tokens, and the answer at most {min(most_tokens)}"
+                raise ApiError(400, message, param="choices")
         stop = stop + ([body.stop] if isinstance(body.stop, str) else body.stop or [])
         names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
         chosen = {name: getattr(self.defaults if getattr(body, name) is None else body, name) for name in names}
@@ -178,7 +177,7 @@ class Service:
         return [
             Request(
                 prompt=prompt,
-                max_new_tokens=most or min(self.max_new_tokens, context - len(prompt)),
+                max_new_tokens=max_new_tokens,
                 sampling=SamplingConfig(**chosen, seed=(seed + sample) % 2**63),
                 stop=stop,
                 adapter=self.forms[body.model].adapter,
@@ -186,7 +185,7 @@ class Service:
                 continuation=continuation,
                 logprobs=logprobs,
             )
-            for prompt in prompts
+            for prompt, max_new_tokens in zip(prompts, most_tokens, strict=True)
             for sample in range(samples)
         ]
 
