@@ -23,12 +23,12 @@ from lit_llama.files import write_json
 from lit_llama.hardware import run_environment
 from lit_llama.tokenizer import Tokenizer
 
-RATES, ABSORB_RATES = ("1e-3", "3e-3", "1e-2"), ("1e-2", "3e-2", "3e-3")
+PLAIN = ("LoRA, one leaf's rank", "LoRA, all leaves' rank")
+RATES, ABSORB_RATES = ("1e-3", "3e-3", "1e-2"), ("1e-2", "3e-2")
 RATE = "3e-3"
 """Of all arms: the best of RATES for plain LoRA and for the tree."""
-ABSORB_RATE = "1e-2"
+ABSORB_RATE = "3e-2"
 """The best of ABSORB_RATES for both."""
-PLAIN = ("LoRA, one leaf's rank", "LoRA, all leaves' rank")
 COMPARED = (*PLAIN, "random tree")
 """Arms that the others are compared with: fewer and as many parameters, and routing that has learned nothing."""
 SMALL = ("--r", "1", "--targets", '["down_proj"]', "--measured_split", "train")
