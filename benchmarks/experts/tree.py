@@ -5,10 +5,11 @@ python -m benchmarks.experts.tree --checkpoint_dir checkpoints/smollm2-135m-inst
 Every arm takes the same pieces in the same order (a seed is order and initial values), and its update is scaled alike:
 alpha / r would give a higher rank longer steps, which in a short run would be its whole advantage.
 
-rates    the learning rate, chosen on a seed and by held-out loss of its own
-mixed    four domains at equal tokens; loss on held-out pieces
-single   one domain alone, where a tree has nothing to tell apart; loss on held-out pieces of it
-absorb   rank 1 in one layer of each block, many passes over few pieces; loss on those very pieces
+rates         the learning rate of the next two, on a seed of its own
+mixed         four domains at equal tokens; loss on held-out pieces
+single        one domain alone, where a tree has nothing to tell apart; loss on held-out pieces of it
+absorb_rates  the learning rate of the last, likewise
+absorb        rank 1 in one layer of each block, many passes over few pieces; loss on those very pieces
 """
 
 import json
