@@ -97,7 +97,6 @@ class CPUDecoder:
     def __init__(self, model: Llama, layers: list[nn.Module], library: ctypes.CDLL) -> None:
         config = model.config
         self.library, self.model = library, model
-        self.dtype = model.model.norm.weight.dtype
         self.frequencies = rotary_inverse_frequencies(config)
         self.bank: AdapterBank | None = getattr(model, "adapter_bank", None)
         weights = list(map(_base_layer, layers))
@@ -116,7 +115,7 @@ class CPUDecoder:
             weights[-1].out_features,
             config.sliding_window or 0,
             config.rms_norm_eps,
-            self.dtype == torch.bfloat16,
+            model.model.norm.weight.dtype == torch.bfloat16,
         )
         four_bits = [layer.four_bits() if isinstance(layer, QuantizedLinear) else None for layer in weights]
         matrices = (_Matrix * len(weights))(*map(_matrix, weights, four_bits))
@@ -186,7 +185,7 @@ class CPUDecoder:
         self.library.decoder_rotate_and_store(self.handle, ctypes.byref(prompt), *pointers)
         if not in_place:
             keys, values = cache.append(layer, keys, values)
-        if cache.length or (cache.sliding_window is not None and length > cache.sliding_window):
+        if cache.length or (cache.sliding_window is not None and length > cache.sliding_window):  # more than a triangle
             keys, values = keys[:, :, : cache.attended], values[:, :, : cache.attended]
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=cache.mask, enable_gqa=True)
             return mixed.transpose(1, 2).flatten(2)

@@ -172,9 +172,9 @@ def made_dense(model: Llama) -> list[Tensor]:
     """The weights of the quantized layers, in both dtypes; the head's in pieces where it is so."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     dense = [layer.dequantize(dtype) for layer in layers for dtype in (torch.float32, torch.bfloat16)]
-    return dense + (
-        [piece for _, piece in model.lm_head.dense_pieces(torch.bfloat16)] if layers[-1].mode == "int8" else []
-    )
+    if model.lm_head.mode == "int8":
+        dense += [piece for _, piece in model.lm_head.dense_pieces(torch.bfloat16)]
+    return dense
 
 
 @pytest.mark.parametrize("weights", ["int8", *FOUR_BITS])
