@@ -1,9 +1,9 @@
 // A Llama on a CPU: a few tokens of a few rows at once with every weight read once, where it lies; and, of a prompt,
-// everything between the matrix products, for which it makes quantized weights dense.
+// what lies between the matrix products, for which it makes quantized weights dense, or by `cpu_tiles.hpp` these too.
 //
 // Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32,
-// weights any of `cpu_weights.hpp`, keys and values all of these but 4 bits. What is computed for a row does not depend on
-// the rows beside it. `cpu_decode.py` compiles this file and calls it.
+// weights any of `cpu_weights.hpp`, keys and values all of these but 4 bits. What is computed for a row does not depend
+// on the rows beside it. `cpu_decode.py` compiles this file and calls it.
 
 #include <algorithm>
 #include <atomic>
@@ -13,23 +13,13 @@
 #include <thread>
 #include <vector>
 
+#include "cpu_activations.hpp"
+#include "cpu_tiles.hpp"
 #include "cpu_weights.hpp"
 
 namespace {
 
 constexpr long PIECE = 1 << 16;  // weights, some microseconds of work
-
-// e^x within 2 units of the last place, in a form that the compiler can do for many x at once: 2^n 2^f with |f| <= 1/2.
-inline float exponential(float x) {
-    float t = std::max(x, -87.0f) * 1.44269504f, n = std::rint(t), f = (t - n) * 0.69314718f;
-    float series = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f / 720.0f)))));
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return series * power;
-}
-
-inline float silu(float x) { return x / (1 + exponential(std::min(-x, 87.0f))); }
 
 }  // namespace
 
@@ -376,13 +366,7 @@ struct Decoder {
     template <class T>
     void unpack(const Matrix& m, long first, long end, T* to) {
         split(end - first, [&](long i, long last) {
-            for (; i < last; i++) {
-                long row = first + i;
-                T* dense = to + i * m.in;
-                if (m.kind == INT8) unpack_row((int8_t*)m.weight + row * m.in, ((float*)m.scales)[row], m.in, dense);
-                else if (m.bf16) unpack_row<uint16_t>(m, row, dense);
-                else unpack_row<float>(m, row, dense);
-            }
+            for (; i < last; i++) unpack_row(m, first + i, to + i * m.in);
         });
     }
 
@@ -444,6 +428,22 @@ void decoder_unpack(void* handle, int64_t matrix, int64_t first, int64_t end, in
     Decoder* decoder = (Decoder*)handle;
     if (bf16) decoder->unpack(decoder->matrices[matrix], first, end, (uint16_t*)to);
     else decoder->unpack(decoder->matrices[matrix], first, end, (float*)to);
+}
+
+int64_t decoder_tiles() { return tiles_permitted(); }
+
+void decoder_multiply_prompt(void* handle, int64_t matrix, int64_t up, int64_t tokens, const void* x, void* to) {
+    Decoder* decoder = (Decoder*)handle;
+    const Matrix* second = up < 0 ? nullptr : &decoder->matrices[up];
+    multiply_tiled(decoder->matrices[matrix], second, tokens, (const uint16_t*)x, (uint16_t*)to, decoder->threads);
+}
+
+void decoder_attend_prompt(void* handle, int64_t length, int64_t stride, int64_t capacity, const void* queries,
+                           const void* keys, const void* values, void* mixed) {
+    const Decoder& decoder = *(Decoder*)handle;
+    const Shape& shape = decoder.shape;
+    attend_tiled({shape.heads, shape.kv_heads, shape.head_dim, length, stride, capacity}, (const uint16_t*)queries,
+                 (const uint16_t*)keys, (const uint16_t*)values, (uint16_t*)mixed, decoder.threads);
 }
 
 void decoder_gate_times_up(void* handle, int64_t count, void* gate, const void* up) {

@@ -2,9 +2,10 @@
 
 PyTorch spends most of a step of generation between kernels, and its kernels for few rows read the weights at half of
 what the memory can. `cpu_decode.cpp` does a whole step in one call, on the weights where they lie: nothing is copied or
-packed, so that it is ready at once. Of a prompt the matrix products and attention are PyTorch's, and all between them
-is in that file too. It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without
-one, or with a layer that it does not know, everything goes through the model as before.
+packed, so that it is ready at once. Of a prompt all but the matrix products and attention is in that file too, and on
+processors with tiles for bf16 (Intel's AMX) these as well; elsewhere they are PyTorch's, and so are the products of
+adapted layers. It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without one,
+or with a layer that it does not know, everything goes through the model as before.
 
 Which tokens are asked for and how they are chosen is `generation.py`; keys and values lie in `model.KVCache`.
 """
@@ -35,7 +36,7 @@ from lit_llama.model import MLP, Llama, rotary_inverse_frequencies
 from lit_llama.quantization import FourBitWeight, QuantizedLinear
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_HEADER = _SOURCE.with_name("cpu_weights.hpp")
+_HEADERS = [_SOURCE.with_name(name) for name in ("cpu_activations.hpp", "cpu_tiles.hpp", "cpu_weights.hpp")]
 # GCC holds some processors that have longer vectors to 256 bits.
 _VECTORS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _FLAGS = (
@@ -120,6 +121,11 @@ class CPUDecoder:
         four_bits = [layer.four_bits() if isinstance(layer, QuantizedLinear) else None for layer in weights]
         matrices = (_Matrix * len(weights))(*map(_matrix, weights, four_bits))
         self._weights, self._four_bits = weights, four_bits  # their memory is read for as long as this lives
+        self._tiled: dict[nn.Module, int] = {}
+        """The layers whose products with prompts the processor's tiles take, and their numbers."""
+        if shape.bf16 and library.decoder_tiles():
+            pairs = enumerate(zip(layers[:-1], weights[:-1], strict=True))
+            self._tiled = {layer: number for number, (layer, own) in pairs if layer is own and _suits_tiles(layer)}
         self.handle = c_void_p(
             library.decoder_new(ctypes.byref(shape), matrices, _pointers(self._norms), torch.get_num_threads())
         )
@@ -151,18 +157,16 @@ class CPUDecoder:
             self._add_and_normalise(x, added, 2 * number, normed)
             attention_layer, mlp = layer.self_attn, layer.mlp
             projections = (attention_layer.q_proj, attention_layer.k_proj, attention_layer.v_proj)
-            query, key, value = (projection(normed) for projection in projections)
+            query, key, value = (self._product(projection, normed) for projection in projections)
             mixed = self._attend(query, key, value, number, cache, prompt, in_place)
             if number == len(self.model.model.layers) - 1:
                 # Nothing more is asked of the others. Two: of one the products would run in another kernel.
                 x, mixed = x[:, -2:].contiguous(), mixed[:, -2:]
                 normed = torch.empty(x.shape, dtype=cache.dtype)
                 self._begin_pass(input_ids[:, -2:], cache)
-            added = attention_layer.o_proj(mixed)
+            added = self._product(attention_layer.o_proj, mixed)
             self._add_and_normalise(x, added, 2 * number + 1, normed)
-            gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
-            self.library.decoder_gate_times_up(self.handle, gate.numel(), _pointer(gate), _pointer(up))
-            added = mlp.down_proj(gate)
+            added = self._product(mlp.down_proj, self._gate_times_up(mlp, normed))
         self._add_and_normalise(x, added, len(self._norms) - 1, normed)
         cache.length += length
         return normed[:, -1]
@@ -190,15 +194,41 @@ class CPUDecoder:
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=cache.mask, enable_gqa=True)
             return mixed.transpose(1, 2).flatten(2)
         mixed = torch.zeros(rows, length, heads, head_dim, dtype=query.dtype)
+        paddings = [0] * rows if cache.padding is None else cache.padding.tolist()
+        if self._tiled and head_dim % 32 == 0:
+            keys, values = keys.contiguous(), values.contiguous()
+            for row, padding in enumerate(paddings):
+                own = (queries[row, :, padding:], keys[row], values[row], mixed[row, padding:])
+                sizes = (length - padding, queries.stride(1), keys.shape[2])
+                self.library.decoder_attend_prompt(self.handle, *sizes, *map(_pointer, own))
+            return mixed.flatten(2)
         groups = [(slice(rows), 0)]
         if cache.padding is not None:  # each row as it would be alone, to the bit
-            groups = [(slice(row, row + 1), padding) for row, padding in enumerate(cache.padding.tolist())]
+            groups = [(slice(row, row + 1), padding) for row, padding in enumerate(paddings)]
         for group, padding in groups:
             own = (tensor[group, :, : length - padding] for tensor in (keys, values))
             mixed[group, padding:] = F.scaled_dot_product_attention(
                 queries[group, :, padding:], *own, is_causal=True, enable_gqa=True
             ).transpose(1, 2)
         return mixed.flatten(2)
+
+    def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return self._tiled_product(layer, None, x) if layer in self._tiled else layer(x)
+
+    def _gate_times_up(self, mlp: MLP, x: Tensor) -> Tensor:
+        if self._tiled.keys() >= {mlp.gate_proj, mlp.up_proj}:
+            return self._tiled_product(mlp.gate_proj, mlp.up_proj, x)
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        self.library.decoder_gate_times_up(self.handle, gate.numel(), _pointer(gate), _pointer(up))
+        return gate
+
+    def _tiled_product(self, layer: nn.Module, up: nn.Module | None, x: Tensor) -> Tensor:
+        """The product of hidden states (rows, length, in) bf16; with `up`, silu of it times that of `up`."""
+        x, product = x.contiguous(), torch.empty(*x.shape[:-1], layer.out_features, dtype=x.dtype)
+        numbers = (self._tiled[layer], -1 if up is None else self._tiled[up])
+        tokens = x.shape[0] * x.shape[1]
+        self.library.decoder_multiply_prompt(self.handle, *numbers, tokens, _pointer(x), _pointer(product))
+        return product
 
     def _add_and_normalise(self, x: Tensor, added: Tensor | None, norm: int, normed: Tensor) -> None:
         tensors = (x, added, normed)
@@ -284,6 +314,11 @@ def _supported(layer: nn.Module | None) -> bool:
     return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
+def _suits_tiles(layer: nn.Module) -> bool:
+    whole = layer.in_features % 32 == 0 and layer.out_features % 32 == 0
+    return whole and (isinstance(layer, QuantizedLinear) or layer.weight.dtype == torch.bfloat16)
+
+
 def _matrix(layer: nn.Module, four_bits: FourBitWeight | None) -> _Matrix:
     size = (layer.out_features, layer.in_features)
     if four_bits is not None:
@@ -343,7 +378,7 @@ def _library() -> ctypes.CDLL | None:
         progress("no C++ compiler found: generating at a fraction of the speed (install g++ or set CXX)")
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    files = (_SOURCE.read_bytes(), _HEADER.read_bytes())
+    files = (path.read_bytes() for path in (_SOURCE, *_HEADERS))
     key = hashlib.sha256(b"\0".join((*files, version, " ".join(_FLAGS).encode(), _processor())))
     try:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_llama"
@@ -366,6 +401,8 @@ def _library() -> ctypes.CDLL | None:
     library.decoder_add_and_normalise.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
     library.decoder_rotate_and_store.argtypes = [c_void_p, POINTER(_Prompt), *[c_void_p] * 6]
     library.decoder_unpack.argtypes = [c_void_p, *[c_int64] * 4, c_void_p]
+    library.decoder_multiply_prompt.argtypes = [c_void_p, *[c_int64] * 3, c_void_p, c_void_p]
+    library.decoder_attend_prompt.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 4]
     library.decoder_gate_times_up.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     library.decoder_delete.argtypes = [c_void_p]
     return library
@@ -376,7 +413,8 @@ def _compile(compiler: str, path: Path) -> None:
     with atomic_path(path) as temporary:
         done = subprocess.run([compiler, *_FLAGS, _SOURCE, "-o", temporary], capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            reason = next((line for line in lines if "error" in line), lines[0])
             raise RunError(f"{compiler} cannot compile {_SOURCE.name} ({reason})")
 
 

@@ -134,7 +134,7 @@ float row_dot(const Matrix& m, long row, const float* x) {
 }
 
 template <class T>
-void unpack_row(const int8_t* codes, float scale, long n, T* to) {
+void unpack_int8(const int8_t* codes, float scale, long n, T* to) {
     for (long i = 0; i < n; i++) store(codes[i] * scale, to[i]);
 }
 
@@ -160,7 +160,7 @@ void look_up(const uint16_t* table, const uint8_t* codes, long group, uint16_t* 
 #endif
 
 template <class Scale, class T>
-void unpack_row(const Matrix& m, long row, T* to) {
+void unpack_four_bits(const Matrix& m, long row, T* to) {
     const uint8_t* codes = (const uint8_t*)m.weight + row * m.in / 2;
     for (long g = row * (m.in / m.group), end = g + m.in / m.group; g < end; g++, codes += m.group / 2, to += m.group) {
         T table[16];
@@ -168,6 +168,14 @@ void unpack_row(const Matrix& m, long row, T* to) {
         for (long i = 0; i < 16; i++) store(m.levels[i] * scale + minimum, table[i]);
         look_up(table, codes, m.group, to);
     }
+}
+
+// A row of a quantized matrix, dense.
+template <class T>
+void unpack_row(const Matrix& m, long row, T* to) {
+    if (m.kind == INT8) unpack_int8((const int8_t*)m.weight + row * m.in, ((const float*)m.scales)[row], m.in, to);
+    else if (m.bf16) unpack_four_bits<uint16_t>(m, row, to);
+    else unpack_four_bits<float>(m, row, to);
 }
 
 }  // namespace
