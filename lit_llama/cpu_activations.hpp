@@ -9,15 +9,23 @@
 
 namespace {
 
-// e^x within 2 units of the last place: 2^n 2^f with |f| <= 1/2.
-inline float exponential(float x) {
-    float t = std::max(x, -87.0f) * 1.44269504f, n = std::rint(t), f = (t - n) * 0.69314718f;
-    float series = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f / 720.0f)))));
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return series * power;
+// 2^x: 2^n 2^f with |f| <= 1/2, the latter by its Taylor series, the former into the exponent.
+inline float power_of_two(float x) {
+    x = std::max(x, -126.0f);
+    float n = std::rint(x), f = x - n;
+    float series = 1.54035304e-4f;
+    for (float next : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+        series = series * f + next;
+    int32_t bits;
+    memcpy(&bits, &series, sizeof bits);
+    bits += int32_t(n) << 23;
+    memcpy(&series, &bits, sizeof bits);
+    return series;
 }
+
+constexpr float LOG2_E = 1.44269504f;
+
+inline float exponential(float x) { return power_of_two(x * LOG2_E); }
 
 inline float silu(float x) { return x / (1 + exponential(std::min(-x, 87.0f))); }
 

@@ -193,8 +193,10 @@ class CPUDecoder:
             keys, values = keys[:, :, : cache.attended], values[:, :, : cache.attended]
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=cache.mask, enable_gqa=True)
             return mixed.transpose(1, 2).flatten(2)
-        mixed = torch.zeros(rows, length, heads, head_dim, dtype=query.dtype)
-        paddings = [0] * rows if cache.padding is None else cache.padding.tolist()
+        mixed, paddings = torch.empty(rows, length, heads, head_dim, dtype=query.dtype), [0] * rows
+        if cache.padding is not None:
+            mixed.zero_()
+            paddings = cache.padding.tolist()
         if self._tiled and head_dim % 32 == 0:
             keys, values = keys.contiguous(), values.contiguous()
             for row, padding in enumerate(paddings):

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include "cpu_activations.hpp"
 #include "cpu_weights.hpp"
@@ -25,7 +25,14 @@ namespace {
 constexpr long BLOCK = 32;
 
 struct alignas(64) Line {  // what a row of a tile is loaded from
-    uint16_t numbers[32];
+    char bytes[64];
+};
+
+template <class T>
+struct Buffer {  // lines of numbers, which are not set to anything
+    std::unique_ptr<Line[]> lines;
+    explicit Buffer(long count) : lines(new Line[count * sizeof(T) / sizeof(Line)]) {}
+    operator T*() const { return (T*)lines.get(); }
 };
 
 typedef uint32_t Pair __attribute__((may_alias));  // two numbers of 16 bits
@@ -111,11 +118,11 @@ void pack_rows(const uint16_t* rows, long stride, uint16_t* to) {
 }
 
 // 32 rows, of which `count` are there: in place if all, else in `room`, zeros after them.
-const uint16_t* whole_block(const uint16_t* rows, long count, long width, std::vector<Line>& room) {
+const uint16_t* whole_block(const uint16_t* rows, long count, long width, uint16_t* room) {
     if (count >= BLOCK) return rows;
-    room.assign(width, Line());
-    memcpy(room.data(), rows, count * width * sizeof(uint16_t));
-    return (const uint16_t*)room.data();
+    std::copy_n(rows, count * width, room);
+    std::fill(room + count * width, room + BLOCK * width, 0);
+    return room;
 }
 
 // 16 rows of a matrix in bf16: in place, or in `room` if they are quantized.
@@ -132,17 +139,17 @@ void multiply_tiled(const Matrix& m, const Matrix* up, long tokens, const uint16
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        std::vector<Line> room, packed(m.in), dense(m.in);
+        Buffer<uint16_t> room(BLOCK * m.in), packed(BLOCK * m.in), dense(BLOCK * m.in);
         const uint16_t* rest = whole_block(x + last * m.in, tokens - last, m.in, room);
         alignas(64) float c[BLOCK * BLOCK];
 #pragma omp for schedule(dynamic)
         for (long j = 0; j < m.out; j += width) {  // with `up`, 16 columns of each side by side
-            const uint16_t* first = dense_rows(m, j, (uint16_t*)dense.data());
-            const uint16_t* second = dense_rows(up ? *up : m, up ? j : j + 16, (uint16_t*)dense.data() + 16 * m.in);
-            pack_columns(first, second, m.in, m.in, (uint16_t*)packed.data());
+            const uint16_t* first = dense_rows(m, j, dense);
+            const uint16_t* second = dense_rows(up ? *up : m, up ? j : j + 16, dense + 16 * m.in);
+            pack_columns(first, second, m.in, m.in, packed);
             for (long t = 0; t < tokens; t += BLOCK) {
                 const uint16_t* left = t == last ? rest : x + t * m.in;
-                multiply_block(left, m.in, (const uint16_t*)packed.data(), m.in / BLOCK, c, BLOCK);
+                multiply_block(left, m.in, packed, m.in / BLOCK, c, BLOCK);
                 for (long row = 0; row < std::min(BLOCK, tokens - t); row++) {
                     float* own = c + row * BLOCK;
                     if (up)
@@ -156,11 +163,11 @@ void multiply_tiled(const Matrix& m, const Matrix* up, long tokens, const uint16
 
 // e^(score / sqrt(d)) of the first `count` scores over that of the largest, then zeros; returns 1 over their sum.
 float exponentials(float* scores, long count, long length, long d, uint16_t* to) {
-    float largest = -3e38f, total = 0, scale = 1 / std::sqrt(float(d));
+    float largest = -3e38f, total = 0, scale = LOG2_E / std::sqrt(float(d));
     std::fill(scores + count, scores + length, -3e38f);  // whole vectors: nothing is left to do one by one
     for (long i = 0; i < length; i++) largest = std::max(largest, scores[i]);
     for (long i = 0; i < length; i++) {
-        float share = exponential(scale * (scores[i] - largest));
+        float share = power_of_two(scale * scores[i] - scale * largest);
         total += share;
         store(share, to[i]);
     }
@@ -178,19 +185,18 @@ struct Attention {
 void attend_tiled(const Attention& a, const uint16_t* queries, const uint16_t* keys, const uint16_t* values,
                   uint16_t* mixed, int threads) {
     long d = a.head_dim, length = a.length, blocks = (length + BLOCK - 1) / BLOCK, size = BLOCK * BLOCK;
-    std::vector<Line> packed_keys(a.kv_heads * blocks * d), packed_values(packed_keys.size());
+    long numbers = a.kv_heads * blocks * BLOCK * d;
+    Buffer<uint16_t> packed_keys(numbers), packed_values(numbers);
     // Of a head's keys block after block; of its values 32 dimensions after the others, each block after block.
-    auto keys_of = [&](long kv_head, long block) {
-        return (uint16_t*)packed_keys.data() + (kv_head * blocks + block) * BLOCK * d;
-    };
+    auto keys_of = [&](long kv_head, long block) { return packed_keys + (kv_head * blocks + block) * BLOCK * d; };
     auto values_of = [&](long kv_head, long block, long at) {
-        return (uint16_t*)packed_values.data() + (kv_head * d / BLOCK + at / BLOCK) * blocks * size + block * size;
+        return packed_values + ((kv_head * d + at) / BLOCK * blocks + block) * size;
     };
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        std::vector<Line> room, shares(blocks * BLOCK);
-        std::vector<float> scores(blocks * size);
+        Buffer<uint16_t> room(BLOCK * d), shares(blocks * size);
+        Buffer<float> scores(blocks * size);
         alignas(64) float c[BLOCK * BLOCK];
 #pragma omp for schedule(dynamic)
         for (long piece = 0; piece < a.kv_heads * blocks; piece++) {
@@ -208,13 +214,13 @@ void attend_tiled(const Attention& a, const uint16_t* queries, const uint16_t* k
             long start = block * BLOCK, count = std::min(BLOCK, length - start), seen = start + BLOCK;
             const uint16_t* own = whole_block(queries + head * a.stride + start * d, count, d, room);
             for (long other = 0; other <= block; other++)
-                multiply_block(own, d, keys_of(kv_head, other), d / BLOCK, scores.data() + other * BLOCK, seen);
+                multiply_block(own, d, keys_of(kv_head, other), d / BLOCK, scores + other * BLOCK, seen);
             float factors[BLOCK];
             for (long row = 0; row < count; row++)
-                factors[row] = exponentials(scores.data() + row * seen, start + row + 1, seen, d,
-                                            (uint16_t*)shares.data() + row * seen);
+                factors[row] = exponentials(scores + row * seen, start + row + 1, seen, d,
+                                            shares + row * seen);
             for (long at = 0; at < d; at += BLOCK) {
-                multiply_block((uint16_t*)shares.data(), seen, values_of(kv_head, 0, at), block + 1, c, BLOCK);
+                multiply_block(shares, seen, values_of(kv_head, 0, at), block + 1, c, BLOCK);
                 for (long row = 0; row < count; row++) {
                     for (long i = 0; i < BLOCK; i++) c[row * BLOCK + i] *= factors[row];
                     round_to(c + row * BLOCK, BLOCK, mixed + ((start + row) * a.heads + head) * d + at);
