@@ -68,6 +68,18 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def free_memory_gb(device: torch.device) -> float:
+    """Memory that can still be had on a device, in 10^9 bytes; all of the machine's where the system does not tell."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e9
+    status = Path("/proc/meminfo")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of giving it back to the system at once; no effect elsewhere.
 

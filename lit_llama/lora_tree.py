@@ -13,7 +13,6 @@ router, the adapter directory (own peft_type, LORA_TREE), merging, and what a tr
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -31,6 +30,7 @@ from lit_llama.data.streaming import StreamedWindows
 from lit_llama.errors import InputError
 from lit_llama.files import read_json
 from lit_llama.generation import evaluating
+from lit_llama.hardware import free_memory_gb
 from lit_llama.lora import LINEAR_NAMES, LoRAConfig, inject_lora
 from lit_llama.lora_linear import dense_weight
 from lit_llama.lora_tree_linear import LoRATreeLinear
@@ -182,16 +182,12 @@ def _route_block(tree: LoRATree, router: Router, block: nn.Module, arguments: tu
 def _check_memory(config: LoRATreeConfig, widths: int, device: torch.device, for_training: bool) -> None:
     if device.type == "meta":
         return
-    if device.type == "cuda":
-        available = torch.cuda.get_device_properties(device).total_memory
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     parts = "weights, gradients and optimizer" if for_training else "weights"
-    needed = config.leaves * config.r * widths * (16 if for_training else 4)
-    if needed > available:
+    needed, free = config.leaves * config.r * widths * (16 if for_training else 4) / 1e9, free_memory_gb(device)
+    if needed > free:
         raise InputError(
-            f"lora_tree.depth {config.depth}: {config.leaves:,} leaves of rank {config.r} take {needed / 1e9:,.1f} GB"
-            f" ({parts}), {device} has {available / 1e9:,.1f} GB; lower depth, r or the number of targets"
+            f"lora_tree.depth {config.depth}: {config.leaves:,} leaves of rank {config.r} take {needed:,.1f} GB"
+            f" ({parts}), {device} has {free:,.1f} GB free; lower depth, r or the number of targets"
         )
 
 

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT
 
-from lit_llama.hardware import peak_flops, peak_memory_gb, run_environment
+from lit_llama.hardware import free_memory_gb, peak_flops, peak_memory_gb, run_environment
 
 
 def test_environment_names_the_revision_of_this_code_and_its_changes(tmp_path: Path) -> None:
@@ -58,3 +59,9 @@ def test_measured_peak_is_no_slower_than_a_product_of_ours() -> None:
     start = time.perf_counter()
     a @ a
     assert peak > 0.3 * 2 * size**3 / (time.perf_counter() - start)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is all of the machine's memory")
+def test_free_memory_is_what_psutil_finds() -> None:
+    psutil = pytest.importorskip("psutil")
+    assert free_memory_gb(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available / 1e9, abs=1)

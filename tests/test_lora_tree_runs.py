@@ -168,7 +168,12 @@ def refusal(capsys: pytest.CaptureFixture, script: str, directory: Path, **given
 
 
 def test_what_is_refused(
-    run: Path, tiny_checkpoint: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run: Path,
+    tiny_checkpoint: Path,
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = {"checkpoint_dir": tiny_checkpoint}
     line = refusal(capsys, "scripts/merge_lora.py", tmp_path, **base, adapter_dir=run, out_dir=tmp_path / "out")
@@ -176,6 +181,12 @@ def test_what_is_refused(
     given = {**SHORT, **base, "data_dir": store, "out_dir": tmp_path / "out"}
     line = refusal(capsys, SCRIPT, tmp_path, **{**given, "lora_tree.depth": 40})
     assert "lora_tree.depth 40: 1,099,511,627,776 leaves of rank 2 take" in line
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_llama.lora_tree.free_memory_gb", lambda device: 1e-6)
+        assert (
+            "depth 2: 4 leaves of rank 2 take 0.0 GB (weights, gradients and optimizer), cpu has 0.0 GB free"
+            in refusal(capsys, SCRIPT, tmp_path, **given)
+        )
     assert "train.compile does not go" in refusal(capsys, SCRIPT, tmp_path, **given, **{"train.compile": "true"})
     assert not (tmp_path / "out").exists()
 
