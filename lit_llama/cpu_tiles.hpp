@@ -142,12 +142,14 @@ void multiply_tiled(const Matrix& m, const Matrix* up, long tokens, const uint16
         Buffer<uint16_t> room(BLOCK * m.in), packed(BLOCK * m.in), dense(BLOCK * m.in);
         const uint16_t* rest = whole_block(x + last * m.in, tokens - last, m.in, room);
         alignas(64) float c[BLOCK * BLOCK];
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, BLOCK / width)  // a line of `to` is written by one thread
         for (long j = 0; j < m.out; j += width) {  // with `up`, 16 columns of each side by side
             const uint16_t* first = dense_rows(m, j, dense);
             const uint16_t* second = dense_rows(up ? *up : m, up ? j : j + 16, dense + 16 * m.in);
             pack_columns(first, second, m.in, m.in, packed);
             for (long t = 0; t < tokens; t += BLOCK) {
+                for (long row = 0; row < std::min(BLOCK, tokens - t); row++)
+                    __builtin_prefetch(to + (t + row) * m.out + j, 1);  // to write: these lie apart as well
                 const uint16_t* left = t == last ? rest : x + t * m.in;
                 multiply_block(left, m.in, packed, m.in / BLOCK, c, BLOCK);
                 for (long row = 0; row < std::min(BLOCK, tokens - t); row++) {
