@@ -36,7 +36,7 @@ test: $(INSTALLED)
 	.venv/bin/python -m pytest -n auto --dist worksteal
 
 # The demo is what a user would type: countries of the Factbook, read raw and by the recipe that wins on them, at equal
-# tokens. Ten minutes on two CPU cores; a GPU is used if there is one.
+# tokens. Ten to twenty minutes on two CPU cores; a GPU is used if there is one.
 BASE := checkpoints/smollm2-135m-instruct
 GENERAL := data/general/tokens
 EXPERT := out/demo/runs/views+qa+replay.lora.seed0/trained
