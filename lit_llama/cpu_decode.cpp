@@ -55,6 +55,12 @@ struct Prompt {
     const float *cosines, *sines;  // (rows, length, head_dim), the first half of sines negated
 };
 
+struct Memory {  // of a cache
+    int64_t kind;  // of keys and values
+    void *const *keys, *const *values;               // a layer: (rows, kv_heads, capacity, head_dim)
+    float *const *key_scales, *const *value_scales;  // of int8, a layer: (rows, kv_heads, capacity)
+};
+
 }  // extern "C"
 
 namespace {
@@ -115,7 +121,7 @@ struct Decoder {
 
     // work(first, end) for ranges that make up 0 .. count.
     template <class Work>
-    void split(long count, Work work) {
+    void split(long count, Work work) const {
         long ranges = std::min(count, 4L * threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (long i = 0; i < ranges; i++) work(count * i / ranges, count * (i + 1) / ranges);
@@ -370,6 +376,71 @@ struct Decoder {
         });
     }
 
+    // Numbers (rows, kv_heads, length, d) in a cache of int8, and what they are worth there.
+    void quantize(const Prompt& p, int8_t* codes, float* scales, uint16_t* numbers) const {
+        long d = shape.head_dim;
+        split(p.rows * shape.kv_heads * p.length, [&](long i, long end) {
+            std::vector<float> own(d);
+            for (; i < end; i++) {
+                long row_head = i / p.length, column = p.columns[row_head / shape.kv_heads * p.length + i % p.length];
+                long place = row_head * p.capacity + column;
+                for (long k = 0; k < d; k++) own[k] = value(numbers[i * d + k]);
+                store_head(own.data(), codes + place * d, scales + place);
+                for (long k = 0; k < d; k++) store(codes[place * d + k] * scales[place], numbers[i * d + k]);
+            }
+        });
+    }
+
+    // A prompt by tiles, at the beginning of its cache; the first tokens of a row may be `paddings`. Residuals x
+    // (rows, length, hidden); normed: of the last two tokens of each row, of which nothing else is asked.
+    void read(const Prompt& p, const Memory& memory, const int64_t* paddings, float* x, uint16_t* last_normed) {
+        long d = shape.head_dim, q_size = shape.heads * d, kv_size = shape.kv_heads * d, hidden = shape.hidden;
+        long tokens = p.rows * p.length, kept = std::min(2L, (long)p.length);
+        Buffer<uint16_t> normed(tokens * hidden), projected(tokens * (q_size + 2 * kv_size)), queries(tokens * q_size);
+        Buffer<uint16_t> mixed(tokens * q_size), gated(tokens * shape.intermediate), added(tokens * hidden);
+        uint16_t *k = projected + tokens * q_size, *v = k + tokens * kv_size;
+        std::fill_n((uint16_t*)mixed, tokens * q_size, 0);  // padding's is never written
+        // Attention sees what a cache of int8 holds.
+        bool in_place = memory.kind == BF16;
+        Buffer<uint16_t> own_keys(in_place ? 0 : tokens * kv_size), own_values(in_place ? 0 : tokens * kv_size);
+        std::vector<int64_t> in_order(tokens);
+        for (long i = 0; i < tokens; i++) in_order[i] = i % p.length;
+        Prompt seen = in_place ? p : Prompt{p.rows, p.length, p.length, in_order.data(), p.cosines, p.sines};
+        for (long layer = 0; layer < shape.layers; layer++) {
+            const Matrix* own = matrices.data() + layer * SLOTS;
+            uint16_t* keys = in_place ? (uint16_t*)memory.keys[layer] : own_keys;
+            uint16_t* values = in_place ? (uint16_t*)memory.values[layer] : own_values;
+            add_and_normalise<uint16_t>(tokens, x, layer ? (uint16_t*)added : nullptr, 2 * layer, normed);
+            multiply_tiled({{own + Q, nullptr, projected}, {own + K, nullptr, k}, {own + V, nullptr, v}}, tokens,
+                           normed, threads);
+            rotate_and_store<uint16_t>(seen, projected, k, v, queries, keys, values);
+            if (!in_place) {
+                quantize(p, (int8_t*)memory.keys[layer], memory.key_scales[layer], keys);
+                quantize(p, (int8_t*)memory.values[layer], memory.value_scales[layer], values);
+            }
+            for (long row = 0; row < p.rows; row++) {
+                // A row's first token that is not padding lies in the first column of a cache.
+                long start = paddings[row], kv_start = row * kv_size * seen.capacity + (in_place ? 0 : start * d);
+                attend_tiled({shape.heads, shape.kv_heads, d, p.length - start, p.length * d, seen.capacity},
+                             queries + row * p.length * q_size + start * d, keys + kv_start, values + kv_start,
+                             mixed + (row * p.length + start) * q_size, threads);
+            }
+            if (layer == shape.layers - 1) {
+                for (long row = 0; row < p.rows; row++) {
+                    long from = (row + 1) * p.length - kept, to = row * kept;
+                    std::copy_n(x + from * hidden, kept * hidden, x + to * hidden);
+                    std::copy_n(mixed + from * q_size, kept * q_size, mixed + to * q_size);
+                }
+                tokens = p.rows * kept;
+            }
+            multiply_tiled({{own + O, nullptr, added}}, tokens, mixed, threads);
+            add_and_normalise<uint16_t>(tokens, x, added, 2 * layer + 1, normed);
+            multiply_tiled({{own + GATE, own + UP, gated}}, tokens, normed, threads);
+            multiply_tiled({{own + DOWN, nullptr, added}}, tokens, gated, threads);
+        }
+        add_and_normalise<uint16_t>(tokens, x, added, 2 * shape.layers, last_normed);
+    }
+
     template <class T>
     void gate_times_up(long count, T* gate, const T* up) {
         split(count, [&](long i, long end) {
@@ -434,8 +505,13 @@ int64_t decoder_tiles() { return tiles_permitted(); }
 
 void decoder_multiply_prompt(void* handle, int64_t matrix, int64_t up, int64_t tokens, const void* x, void* to) {
     Decoder* decoder = (Decoder*)handle;
-    const Matrix* second = up < 0 ? nullptr : &decoder->matrices[up];
-    multiply_tiled(decoder->matrices[matrix], second, tokens, (const uint16_t*)x, (uint16_t*)to, decoder->threads);
+    const Matrix *first = &decoder->matrices[matrix], *second = up < 0 ? nullptr : &decoder->matrices[up];
+    multiply_tiled({{first, second, (uint16_t*)to}}, tokens, (const uint16_t*)x, decoder->threads);
+}
+
+void decoder_read_prompt(void* handle, const Prompt* prompt, const Memory* memory, const int64_t* paddings, float* x,
+                         void* normed) {
+    ((Decoder*)handle)->read(*prompt, *memory, paddings, x, (uint16_t*)normed);
 }
 
 void decoder_attend_prompt(void* handle, int64_t length, int64_t stride, int64_t capacity, const void* queries,

@@ -87,6 +87,13 @@ class _Prompt(Structure):
     ]
 
 
+class _Memory(Structure):
+    _fields_ = [
+        ("kind", c_int64),
+        *((name, POINTER(c_void_p)) for name in ("keys", "values", "key_scales", "value_scales")),
+    ]
+
+
 class CPUDecoder:
     """Reads prompts and computes the logits of one or a few more tokens a row; made by `cpu_decoder`.
 
@@ -126,6 +133,7 @@ class CPUDecoder:
         if shape.bf16 and library.decoder_tiles():
             pairs = enumerate(zip(layers[:-1], weights[:-1], strict=True))
             self._tiled = {layer: number for number, (layer, own) in pairs if layer is own and _suits_tiles(layer)}
+        self._all_tiled = len(self._tiled) == len(layers) - 1 and config.head_dim % 32 == 0
         self.handle = c_void_p(
             library.decoder_new(ctypes.byref(shape), matrices, _pointers(self._norms), torch.get_num_threads())
         )
@@ -145,13 +153,18 @@ class CPUDecoder:
         cache.prepare(length, in_order=True)
         tables = self._rotary_tables(cache.positions.expand(rows, -1))
         columns, capacity = cache.columns.expand(rows, -1).contiguous(), cache.capacity
+        x = self.model.model.embed_tokens(input_ids).float()
+        if self._all_tiled and cache.dtype == torch.bfloat16 and self._sees_itself(cache, length):
+            prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, *tables)))
+            normed = self._read_tiled(x, cache, prompt)
+            cache.length += length
+            return normed
         # Whether what is computed and seen lies in the cache as it is, and in order.
         in_place = not cache.key_scales and cache.first is None
         if not in_place:
             columns, capacity = torch.arange(length).repeat(rows, 1), length
         prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, *tables)))
 
-        x = self.model.model.embed_tokens(input_ids).float()
         added, normed = None, torch.empty(x.shape, dtype=cache.dtype)
         for number, layer in enumerate(self.model.model.layers):
             self._add_and_normalise(x, added, 2 * number, normed)
@@ -171,6 +184,23 @@ class CPUDecoder:
         cache.length += length
         return normed[:, -1]
 
+    def _read_tiled(self, x: Tensor, cache: KVCache, prompt: _Prompt) -> Tensor:
+        """As `read`, from embeddings fp32 (rows, length, hidden) on, in one call: Python takes long between two.
+
+        What it executes has left the processor's caches by the time a product is done.
+        """
+        normed = torch.empty(len(x), min(prompt.length, 2), x.shape[-1], dtype=cache.dtype)
+        paddings = torch.zeros(len(x), dtype=torch.int64) if cache.padding is None else cache.padding
+        memory = (_pointers(tensors) for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
+        memory = _Memory(_KINDS[cache.keys[0].dtype], *memory)
+        structures, tensors = map(ctypes.byref, (prompt, memory)), map(_pointer, (paddings, x, normed))
+        self.library.decoder_read_prompt(self.handle, *structures, *tensors)
+        return normed[:, -1]
+
+    def _sees_itself(self, cache: KVCache, length: int) -> bool:
+        """Whether the tokens of a prompt see all tokens before them, and these are all in the prompt."""
+        return not cache.length and (cache.sliding_window is None or length <= cache.sliding_window)
+
     def _begin_pass(self, input_ids: Tensor, cache: KVCache) -> None:
         if self.bank is not None:
             self.bank.begin_pass(self.model.model, (input_ids,), {"cache": cache})
@@ -189,7 +219,7 @@ class CPUDecoder:
         self.library.decoder_rotate_and_store(self.handle, ctypes.byref(prompt), *pointers)
         if not in_place:
             keys, values = cache.append(layer, keys, values)
-        if cache.length or (cache.sliding_window is not None and length > cache.sliding_window):  # more than a triangle
+        if not self._sees_itself(cache, length):
             keys, values = keys[:, :, : cache.attended], values[:, :, : cache.attended]
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=cache.mask, enable_gqa=True)
             return mixed.transpose(1, 2).flatten(2)
@@ -404,6 +434,7 @@ def _library() -> ctypes.CDLL | None:
     library.decoder_rotate_and_store.argtypes = [c_void_p, POINTER(_Prompt), *[c_void_p] * 6]
     library.decoder_unpack.argtypes = [c_void_p, *[c_int64] * 4, c_void_p]
     library.decoder_multiply_prompt.argtypes = [c_void_p, *[c_int64] * 3, c_void_p, c_void_p]
+    library.decoder_read_prompt.argtypes = [c_void_p, POINTER(_Prompt), POINTER(_Memory), *[c_void_p] * 3]
     library.decoder_attend_prompt.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 4]
     library.decoder_gate_times_up.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     library.decoder_delete.argtypes = [c_void_p]

@@ -8,9 +8,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "cpu_activations.hpp"
 #include "cpu_weights.hpp"
@@ -21,8 +23,6 @@
 #endif
 
 namespace {
-
-constexpr long BLOCK = 32;
 
 struct alignas(64) Line {  // what a row of a tile is loaded from
     char bytes[64];
@@ -35,45 +35,53 @@ struct Buffer {  // lines of numbers, which are not set to anything
     operator T*() const { return (T*)lines.get(); }
 };
 
-typedef uint32_t Pair __attribute__((may_alias));  // two numbers of 16 bits
+struct Product {  // to (tokens, out) = x times a matrix in bf16 or quantized
+    const Matrix *matrix, *up;  // not null: silu of that times x times `up`
+    uint16_t* to;
+};
+
+struct Attention {
+    long heads, kv_heads, head_dim;  // the last a multiple of 32
+    long length, stride, capacity;   // of a head: tokens, numbers from its queries to the next's, columns of the cache
+};
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+
+constexpr long BLOCK = 32;
 
 // Linux saves tiles, which are large, for those processes only that ask.
 bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
 
 struct Tiles {  // a thread's, all 8 of them, for as long as this lives
     Tiles() {
-        struct {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t bytes_a_row[16] = {};
-            uint8_t rows[16] = {};
-        } shapes;
-        std::fill_n(shapes.bytes_a_row, 8, 64);
-        std::fill_n(shapes.rows, 8, 16);
+        static const struct {  // in memory, whole: compilers think that only its first bytes are read
+            uint8_t palette, start_row, reserved[14];
+            uint16_t bytes_a_row[16];
+            uint8_t rows[16];
+        } shapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
         _tile_loadconfig(&shapes);
     }
     ~Tiles() { _tile_release(); }
 };
 
-// c (32, 32) = left (32, 32 * steps) times packed columns; strides are in numbers.
-void multiply_block(const uint16_t* left, long stride, const uint16_t* packed, long steps, float* c, long c_stride) {
-    const uint16_t* lower = left + 16 * stride;
+// c (32, 32) = left (32, 32 * steps) times packed columns; strides are in numbers. `meanwhile` is called back at each
+// step: other work fits between that of the tiles if it comes in small pieces.
+template <class Meanwhile>
+void multiply_block(const uint16_t* left, long stride, const uint16_t* packed, long steps, float* c, long c_stride,
+                    Meanwhile meanwhile) {
+    asm volatile("" ::: "memory");  // compilers do not know that tiles read memory
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long step = 0; step < steps; step++, left += BLOCK, lower += BLOCK, packed += BLOCK * BLOCK) {
-        for (long row = 0; row < 16; row++) {  // the next step's: rows lie apart, which no processor foresees
-            _mm_prefetch((const char*)(left + row * stride + BLOCK), _MM_HINT_T0);
-            _mm_prefetch((const char*)(lower + row * stride + BLOCK), _MM_HINT_T0);
-        }
+    for (long step = 0; step < steps; step++, left += BLOCK, packed += BLOCK * BLOCK) {
+        meanwhile(step);
         _tile_loadd(4, left, 2 * stride);
         _tile_loadd(6, packed, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, packed + BLOCK * BLOCK / 2, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower, 2 * stride);
+        _tile_loadd(5, left + 16 * stride, 2 * stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -83,29 +91,45 @@ void multiply_block(const uint16_t* left, long stride, const uint16_t* packed, l
     _tile_stored(3, c + 16 * c_stride + 16, 4 * c_stride);
 }
 
-// To bf16, to the nearest; `count` is a multiple of 16.
-void round_to(const float* from, long count, uint16_t* to) {
-    for (long i = 0; i < count; i += 16)
-        _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+// 16 or 32 numbers to bf16, to the nearest.
+void round_to(__m512 numbers, uint16_t* to) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(numbers)); }
+void round_to(__m512 first, __m512 second, uint16_t* to) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
-#else  // nothing below is called
+// 2^x: 2^n 2^f with |f| <= 1/2, the latter by the polynomial of degree 4 that is nearest to it, within 2.6e-6 of it.
+__m512 power_of_two(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n), power = _mm512_set1_ps(9.5700864e-3f);
+    for (float next : {5.5917900e-2f, 2.4024746e-1f, 6.9312179e-1f, 9.9999928e-1f})
+        power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(next));
+    return _mm512_scalef_ps(power, n);
+}
 
-bool tiles_permitted() { return false; }
-struct Tiles {};
-void multiply_block(const uint16_t*, long, const uint16_t*, long, float*, long) {}
-void round_to(const float*, long, uint16_t*) {}
+// x / (1 + e^-x); the division by a reciprocal of 14 bits, made twice as many by a step of Newton's.
+__m512 silu(__m512 x) {
+    __m512 power = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)), _mm512_set1_ps(126));
+    __m512 divisor = _mm512_add_ps(power_of_two(power), _mm512_set1_ps(1)), part = _mm512_rcp14_ps(divisor);
+    return _mm512_mul_ps(x, _mm512_mul_ps(part, _mm512_fnmadd_ps(divisor, part, _mm512_set1_ps(2))));
+}
 
-#endif
-
-// Packs twice 16 columns that lie in rows of memory, `length` numbers each.
+// Packs twice 16 columns that lie in rows of memory, `length` numbers each: pairs of numbers are transposed, 16 by 16.
 void pack_columns(const uint16_t* first, const uint16_t* second, long stride, long length, uint16_t* to) {
+    // Numbered by row and column, each four bits, four turns of all eight bits to the left exchange the two. One is
+    // to interleave each row of the upper half with its own of the lower.
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (long at = 0; at < length; at += BLOCK)
         for (const uint16_t* columns : {first + at, second + at}) {
-            for (long pair = 0; pair < 16; pair++)
-                for (long column = 0; column < 16; column++)
-                    ((Pair*)to)[16 * pair + column] = *(const Pair*)(columns + column * stride + 2 * pair);
-            to += BLOCK * BLOCK / 2;
+            __m512i rows[16], turned[16];
+            for (long i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(columns + i * stride);
+            for (long turn = 0; turn < 4; turn++) {
+                for (long i = 0; i < 8; i++) {
+                    turned[2 * i] = _mm512_permutex2var_epi32(rows[i], low, rows[i + 8]);
+                    turned[2 * i + 1] = _mm512_permutex2var_epi32(rows[i], high, rows[i + 8]);
+                }
+                std::copy_n(turned, 16, rows);
+            }
+            for (long i = 0; i < 16; i++, to += BLOCK) _mm512_store_si512(to, rows[i]);
         }
 }
 
@@ -132,55 +156,107 @@ const uint16_t* dense_rows(const Matrix& m, long first, uint16_t* room) {
     return room;
 }
 
-// to (tokens, out) = x (tokens, in) times a matrix in bf16 or quantized whose sizes are multiples of 32; or, with `up`,
-// silu of that times x times `up`.
-void multiply_tiled(const Matrix& m, const Matrix* up, long tokens, const uint16_t* x, uint16_t* to, int threads) {
-    long last = (tokens - 1) / BLOCK * BLOCK, width = up ? BLOCK / 2 : BLOCK;
+// Asks for a part of 16 rows of a matrix, which then are near when they are needed.
+void ask_for_rows(const Matrix& m, long first, long part, long parts) {
+    long bytes = 16 * m.in * (m.kind == BF16 ? 4 : m.kind == INT8 ? 2 : 1) / 2;
+    const char* rows = (const char*)m.weight + first / 16 * bytes;
+    for (long line = part * bytes / parts / 64; line < (part + 1) * bytes / parts / 64; line++)
+        _mm_prefetch(rows + 64 * line, _MM_HINT_T1);
+}
+
+struct Columns {  // 32 of a product from j on; of one with `up` 16 of each matrix, which then lie side by side
+    const Product* product;
+    long j;
+    const Matrix& left() const { return *product->matrix; }
+    const Matrix& right() const { return product->up ? *product->up : *product->matrix; }
+    long right_j() const { return product->up ? j : j + 16; }
+};
+
+constexpr long NEAR = 800 * 1024;  // numbers of tokens that stay in the second cache while weights pass
+
+// Some products of one x (tokens, in), with matrices whose sizes are multiples of 32.
+void multiply_tiled(const std::vector<Product>& products, long tokens, const uint16_t* x, int threads) {
+    long in = products[0].matrix->in, steps = in / BLOCK, rows_a_step = (BLOCK + steps - 1) / steps;
+    long last = (tokens - 1) / BLOCK * BLOCK, blocks = last / BLOCK + 1, outputs = 0;
+    for (const Product& product : products) outputs += product.matrix->out;
+    long parts = (blocks * BLOCK * in + NEAR - 1) / NEAR;
+    long part = std::max((blocks + parts - 1) / parts, 8L) * BLOCK;
+    long items = (tokens + part - 1) / part * (outputs / BLOCK);
+    std::atomic<long> taken{0};
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        Buffer<uint16_t> room(BLOCK * m.in), packed(BLOCK * m.in), dense(BLOCK * m.in);
-        const uint16_t* rest = whole_block(x + last * m.in, tokens - last, m.in, room);
-        alignas(64) float c[BLOCK * BLOCK];
-#pragma omp for schedule(dynamic, BLOCK / width)  // a line of `to` is written by one thread
-        for (long j = 0; j < m.out; j += width) {  // with `up`, 16 columns of each side by side
-            const uint16_t* first = dense_rows(m, j, dense);
-            const uint16_t* second = dense_rows(up ? *up : m, up ? j : j + 16, dense + 16 * m.in);
-            pack_columns(first, second, m.in, m.in, packed);
-            for (long t = 0; t < tokens; t += BLOCK) {
-                for (long row = 0; row < std::min(BLOCK, tokens - t); row++)
-                    __builtin_prefetch(to + (t + row) * m.out + j, 1);  // to write: these lie apart as well
-                const uint16_t* left = t == last ? rest : x + t * m.in;
-                multiply_block(left, m.in, packed, m.in / BLOCK, c, BLOCK);
-                for (long row = 0; row < std::min(BLOCK, tokens - t); row++) {
-                    float* own = c + row * BLOCK;
-                    if (up)
-                        for (long i = 0; i < 16; i++) own[i] = silu(own[i]) * own[16 + i];
-                    round_to(own, width, to + (t + row) * m.out + j);
+        Buffer<uint16_t> room(BLOCK * in), packed(BLOCK * in), dense(BLOCK * in);
+        const uint16_t* rest = whole_block(x + last * in, tokens - last, in, room);
+        alignas(64) float results[2][BLOCK * BLOCK];
+        auto multiply = [&](const Columns& own, const Columns* next, long start, long end) {
+            const Product& product = *own.product;
+            long out = product.matrix->out;
+            auto finish = [&](const float* row, long token) {
+                __m512 first = _mm512_load_ps(row), second = _mm512_load_ps(row + 16);
+                uint16_t* at = product.to + token * out + own.j;
+                if (product.up) round_to(silu(first) * second, at);
+                else round_to(first, second, at);
+            };
+            const uint16_t* lower = dense_rows(own.left(), own.j, dense);
+            pack_columns(lower, dense_rows(own.right(), own.right_j(), dense + 16 * in), in, in, packed);
+            const float* done = nullptr;
+            for (long t = start; t < end; t += BLOCK) {
+                if (next) {
+                    ask_for_rows(next->left(), next->j, (t - start) / BLOCK, part / BLOCK);
+                    ask_for_rows(next->right(), next->right_j(), (t - start) / BLOCK, part / BLOCK);
                 }
+                float* c = results[t / BLOCK % 2];
+                const uint16_t* left = t == last ? rest : x + t * in;
+                multiply_block(left, in, packed, steps, c, BLOCK, [&](long step) {
+                    for (long row = 0; row < BLOCK; row++)  // the next step's, which no processor foresees
+                        _mm_prefetch((const char*)(left + row * in + (step + 1) * BLOCK), _MM_HINT_T0);
+                    if (!done) return;
+                    for (long row = step * rows_a_step; row < std::min(BLOCK, (step + 1) * rows_a_step); row++)
+                        finish(done + row * BLOCK, t - BLOCK + row);
+                });
+                done = c;
             }
+            long block = (end - 1) / BLOCK * BLOCK;
+            for (long t = block; t < end; t++) finish(done + (t - block) * BLOCK, t);
+        };
+        // 32 columns of results: a line of memory is written by one thread.
+        auto columns_of = [&](long item) {
+            long j = item % (outputs / BLOCK) * BLOCK;
+            const Product* product = products.data();
+            for (; j >= product->matrix->out; product++) j -= product->matrix->out;
+            return Columns{product, j};
+        };
+        for (long item = taken++, next; item < items; item = next) {
+            next = taken++;
+            long start = item / (outputs / BLOCK) * part, end = std::min(tokens, start + part);
+            Columns own = columns_of(item), following = columns_of(next);
+            if (own.product->up) {
+                Columns half{own.product, own.j + 16};
+                multiply(own, &half, start, end);
+                own = half;
+            }
+            multiply(own, next < items ? &following : nullptr, start, end);
         }
     }
 }
 
-// e^(score / sqrt(d)) of the first `count` scores over that of the largest, then zeros; returns 1 over their sum.
+// e^(score / sqrt(d)) of the first `count` scores over that of the largest, then zeros; returns 1 over their sum. There
+// is place for `length` of them, a multiple of 32.
 float exponentials(float* scores, long count, long length, long d, uint16_t* to) {
-    float largest = -3e38f, total = 0, scale = LOG2_E / std::sqrt(float(d));
-    std::fill(scores + count, scores + length, -3e38f);  // whole vectors: nothing is left to do one by one
-    for (long i = 0; i < length; i++) largest = std::max(largest, scores[i]);
-    for (long i = 0; i < length; i++) {
-        float share = power_of_two(scale * scores[i] - scale * largest);
-        total += share;
-        store(share, to[i]);
+    std::fill(scores + count, scores + length, -3e38f);
+    __m512 largest = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
+    for (long i = 0; i < length; i += 16) largest = _mm512_max_ps(largest, _mm512_load_ps(scores + i));
+    __m512 scale = _mm512_set1_ps(LOG2_E / std::sqrt(float(d)));
+    __m512 most = scale * _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    for (long i = 0; i < length; i += BLOCK) {
+        __m512 first = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + i), scale, most));
+        __m512 second = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + i + 16), scale, most));
+        total += first + second;
+        round_to(first, second, to + i);
     }
-    std::fill(to + count, to + length, 0);
-    return 1 / total;
+    return 1 / _mm512_reduce_add_ps(total);
 }
-
-struct Attention {
-    long heads, kv_heads, head_dim;  // the last a multiple of 32
-    long length, stride, capacity;   // of a head: tokens, numbers from its queries to the next's, columns of the cache
-};
 
 // Causal attention of a prompt to itself: queries (heads, length, d), keys and values (kv_heads, capacity, d), mixed
 // (length, heads, d).
@@ -194,6 +270,7 @@ void attend_tiled(const Attention& a, const uint16_t* queries, const uint16_t* k
     auto values_of = [&](long kv_head, long block, long at) {
         return packed_values + ((kv_head * d + at) / BLOCK * blocks + block) * size;
     };
+    auto nothing = [](long) {};
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
@@ -216,20 +293,28 @@ void attend_tiled(const Attention& a, const uint16_t* queries, const uint16_t* k
             long start = block * BLOCK, count = std::min(BLOCK, length - start), seen = start + BLOCK;
             const uint16_t* own = whole_block(queries + head * a.stride + start * d, count, d, room);
             for (long other = 0; other <= block; other++)
-                multiply_block(own, d, keys_of(kv_head, other), d / BLOCK, scores + other * BLOCK, seen);
-            float factors[BLOCK];
+                multiply_block(own, d, keys_of(kv_head, other), d / BLOCK, scores + other * BLOCK, seen, nothing);
+            __m512 factors[BLOCK];
             for (long row = 0; row < count; row++)
-                factors[row] = exponentials(scores + row * seen, start + row + 1, seen, d,
-                                            shares + row * seen);
+                factors[row] = _mm512_set1_ps(
+                    exponentials(scores + row * seen, start + row + 1, seen, d, shares + row * seen));
             for (long at = 0; at < d; at += BLOCK) {
-                multiply_block(shares, seen, values_of(kv_head, 0, at), block + 1, c, BLOCK);
-                for (long row = 0; row < count; row++) {
-                    for (long i = 0; i < BLOCK; i++) c[row * BLOCK + i] *= factors[row];
-                    round_to(c + row * BLOCK, BLOCK, mixed + ((start + row) * a.heads + head) * d + at);
-                }
+                multiply_block(shares, seen, values_of(kv_head, 0, at), block + 1, c, BLOCK, nothing);
+                for (long row = 0; row < count; row++)
+                    round_to(_mm512_load_ps(c + row * BLOCK) * factors[row],
+                             _mm512_load_ps(c + row * BLOCK + 16) * factors[row],
+                             mixed + ((start + row) * a.heads + head) * d + at);
             }
         }
     }
 }
+
+#else
+
+bool tiles_permitted() { return false; }  // and nothing below is called
+void multiply_tiled(const std::vector<Product>&, long, const uint16_t*, int) {}
+void attend_tiled(const Attention&, const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*, int) {}
+
+#endif
 
 }  // namespace

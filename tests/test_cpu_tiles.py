@@ -62,7 +62,7 @@ def assert_rounded(found: Tensor, expected: Tensor, magnitude: Tensor) -> None:
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4", "nf4", "nf4-dq"])
-@pytest.mark.parametrize("tokens", [1, 32, 77])
+@pytest.mark.parametrize("tokens", [1, 32, 77, 1900])  # the last are more than are multiplied in one turn
 def test_products_are_those_of_float64(base: Path, weights: str, tokens: int) -> None:
     model = loaded(base, weights)
     decoder, layer = decoder_of(model, threads=2), model.model.layers[1]
@@ -121,6 +121,25 @@ def test_rows_and_threads_change_nothing(base: Path) -> None:
     together = read(model, ids, threads=3, padding=padding)
     for row, nothing in enumerate(padding.tolist()):
         assert torch.equal(read(model, ids[[row], nothing:])[0], together[row])
+
+
+@pytest.mark.parametrize("quantize_cache", [None, "int8"])
+@pytest.mark.parametrize("nothing", [None, [0, 37, 64]])
+@torch.inference_mode()
+def test_one_call_does_what_many_do(base: Path, quantize_cache: str | None, nothing: list[int] | None) -> None:
+    model, ids, padding = loaded(base), token_ids(3, 90), None if nothing is None else torch.tensor(nothing)
+    decoder, found = decoder_of(model, threads=2), []
+    for all_tiled in (True, False):
+        assert decoder._all_tiled or not all_tiled
+        decoder._all_tiled = all_tiled
+        cache = KVCache(model.config, 3, 100, torch.bfloat16, padding=padding, quantize=quantize_cache)
+        tensors = [decoder.read(ids, cache), *cache.tensors()]
+        # Of what padding leaves behind it is enough that it is finite.
+        lengths = [90 - padding for padding in nothing or [0, 0, 0]]
+        found.append([tensors[0], *(t[row, :, :length] for t in tensors[1:] for row, length in enumerate(lengths))])
+        assert all(tensor.isfinite().all() for tensor in tensors)
+    assert len(found[0]) == 1 + 3 * (4 if quantize_cache is None else 8)
+    assert all(map(torch.equal, *found))
 
 
 def test_adapted_layers_go_beside(base: Path) -> None:
