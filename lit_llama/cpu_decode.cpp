@@ -56,7 +56,8 @@ struct Prompt {
 };
 
 struct Memory {  // of a cache
-    int64_t kind;  // of keys and values
+    int64_t kind, length;     // of keys and values; the tokens that it holds, padding included
+    const int64_t* paddings;  // (rows,)
     void *const *keys, *const *values;               // a layer: (rows, kv_heads, capacity, head_dim)
     float *const *key_scales, *const *value_scales;  // of int8, a layer: (rows, kv_heads, capacity)
 };
@@ -304,7 +305,8 @@ struct Decoder {
                          [&](long token, long j, float y) { qkv[token * outputs + offset + j] = y; });
             });
             if (step.length > 1)  // a token sees those before it in the step
-                phase(number, heads, [&](long piece) { remember(layer, piece / shape.kv_heads, piece % shape.kv_heads); });
+                phase(number, heads,
+                      [&](long piece) { remember(layer, piece / shape.kv_heads, piece % shape.kv_heads); });
             phase(number, heads, [&](long piece) {
                 long token = piece / shape.kv_heads, kv_head = piece % shape.kv_heads;
                 if (step.length == 1) remember(layer, token, kv_head);
@@ -376,55 +378,67 @@ struct Decoder {
         });
     }
 
-    // Numbers (rows, kv_heads, length, d) in a cache of int8, and what they are worth there.
-    void quantize(const Prompt& p, int8_t* codes, float* scales, uint16_t* numbers) const {
+    // Numbers (rows, kv_heads, length, d) into a cache of int8, and all that it then holds, (rows, kv_heads, total, d).
+    void quantize(const Prompt& p, const uint16_t* numbers, int8_t* codes, float* scales, long total,
+                  uint16_t* held) const {
         long d = shape.head_dim;
-        split(p.rows * shape.kv_heads * p.length, [&](long i, long end) {
+        split(p.rows * shape.kv_heads, [&](long head, long end) {
             std::vector<float> own(d);
-            for (; i < end; i++) {
-                long row_head = i / p.length, column = p.columns[row_head / shape.kv_heads * p.length + i % p.length];
-                long place = row_head * p.capacity + column;
-                for (long k = 0; k < d; k++) own[k] = value(numbers[i * d + k]);
-                store_head(own.data(), codes + place * d, scales + place);
-                for (long k = 0; k < d; k++) store(codes[place * d + k] * scales[place], numbers[i * d + k]);
+            for (; head < end; head++) {
+                for (long t = 0; t < p.length; t++) {
+                    long place = head * p.capacity + p.columns[head / shape.kv_heads * p.length + t];
+                    for (long i = 0; i < d; i++) own[i] = value(numbers[(head * p.length + t) * d + i]);
+                    store_head(own.data(), codes + place * d, scales + place);
+                }
+                for (long t = 0; t < total; t++) {
+                    long place = head * p.capacity + t;
+                    for (long i = 0; i < d; i++)
+                        store(codes[place * d + i] * scales[place], held[(head * total + t) * d + i]);
+                }
             }
         });
     }
 
-    // A prompt by tiles, at the beginning of its cache; the first tokens of a row may be `paddings`. Residuals x
-    // (rows, length, hidden); normed: of the last two tokens of each row, of which nothing else is asked.
-    void read(const Prompt& p, const Memory& memory, const int64_t* paddings, float* x, uint16_t* last_normed) {
+    // A prompt by tiles, behind what the cache holds already, all of which its tokens see. Residuals x (rows, length,
+    // hidden); normed: of the last two tokens of each row, of which nothing else is asked.
+    void read(const Prompt& p, const Memory& memory, float* x, uint16_t* last_normed) {
         long d = shape.head_dim, q_size = shape.heads * d, kv_size = shape.kv_heads * d, hidden = shape.hidden;
-        long tokens = p.rows * p.length, kept = std::min(2L, (long)p.length);
+        long tokens = p.rows * p.length, kept = std::min(2L, (long)p.length), total = memory.length + p.length;
         Buffer<uint16_t> normed(tokens * hidden), projected(tokens * (q_size + 2 * kv_size)), queries(tokens * q_size);
         Buffer<uint16_t> mixed(tokens * q_size), gated(tokens * shape.intermediate), added(tokens * hidden);
         uint16_t *k = projected + tokens * q_size, *v = k + tokens * kv_size;
         std::fill_n((uint16_t*)mixed, tokens * q_size, 0);  // padding's is never written
-        // Attention sees what a cache of int8 holds.
         bool in_place = memory.kind == BF16;
-        Buffer<uint16_t> own_keys(in_place ? 0 : tokens * kv_size), own_values(in_place ? 0 : tokens * kv_size);
+        long fresh = in_place ? 0 : tokens * kv_size, held = in_place ? 0 : p.rows * total * kv_size;
+        Buffer<uint16_t> fresh_keys(fresh), fresh_values(fresh), held_keys(held), held_values(held);
         std::vector<int64_t> in_order(tokens);
         for (long i = 0; i < tokens; i++) in_order[i] = i % p.length;
-        Prompt seen = in_place ? p : Prompt{p.rows, p.length, p.length, in_order.data(), p.cosines, p.sines};
+        Prompt beside = {p.rows, p.length, p.length, in_order.data(), p.cosines, p.sines};
         for (long layer = 0; layer < shape.layers; layer++) {
             const Matrix* own = matrices.data() + layer * SLOTS;
-            uint16_t* keys = in_place ? (uint16_t*)memory.keys[layer] : own_keys;
-            uint16_t* values = in_place ? (uint16_t*)memory.values[layer] : own_values;
+            uint16_t *keys = (uint16_t*)memory.keys[layer], *values = (uint16_t*)memory.values[layer];
             add_and_normalise<uint16_t>(tokens, x, layer ? (uint16_t*)added : nullptr, 2 * layer, normed);
             multiply_tiled({{own + Q, nullptr, projected}, {own + K, nullptr, k}, {own + V, nullptr, v}}, tokens,
                            normed, threads);
-            rotate_and_store<uint16_t>(seen, projected, k, v, queries, keys, values);
-            if (!in_place) {
-                quantize(p, (int8_t*)memory.keys[layer], memory.key_scales[layer], keys);
-                quantize(p, (int8_t*)memory.values[layer], memory.value_scales[layer], values);
+            if (in_place) rotate_and_store<uint16_t>(p, projected, k, v, queries, keys, values);
+            else {  // attention sees what a cache of int8 holds
+                rotate_and_store<uint16_t>(beside, projected, k, v, queries, fresh_keys, fresh_values);
+                quantize(p, fresh_keys, (int8_t*)keys, memory.key_scales[layer], total, held_keys);
+                quantize(p, fresh_values, (int8_t*)values, memory.value_scales[layer], total, held_values);
+                keys = held_keys, values = held_values;
             }
+            std::vector<Attention> rows;
+            long capacity = in_place ? p.capacity : total;
             for (long row = 0; row < p.rows; row++) {
-                // A row's first token that is not padding lies in the first column of a cache.
-                long start = paddings[row], kv_start = row * kv_size * seen.capacity + (in_place ? 0 : start * d);
-                attend_tiled({shape.heads, shape.kv_heads, d, p.length - start, p.length * d, seen.capacity},
-                             queries + row * p.length * q_size + start * d, keys + kv_start, values + kv_start,
-                             mixed + (row * p.length + start) * q_size, threads);
+                // Padding has no place in the cache: a row's first token lies in its first column.
+                long nothing = memory.paddings[row], start = std::max(0L, nothing - (long)memory.length);
+                if (start == p.length) continue;
+                long before = std::max(0L, (long)memory.length - nothing), first = row * kv_size * capacity;
+                rows.push_back({queries + row * p.length * q_size + start * d, keys + first, values + first,
+                                mixed + (row * p.length + start) * q_size, before, p.length - start, p.length * d,
+                                capacity, shape.heads, shape.kv_heads, d});
             }
+            attend_tiled(rows, threads);
             if (layer == shape.layers - 1) {
                 for (long row = 0; row < p.rows; row++) {
                     long from = (row + 1) * p.length - kept, to = row * kept;
@@ -509,17 +523,17 @@ void decoder_multiply_prompt(void* handle, int64_t matrix, int64_t up, int64_t t
     multiply_tiled({{first, second, (uint16_t*)to}}, tokens, (const uint16_t*)x, decoder->threads);
 }
 
-void decoder_read_prompt(void* handle, const Prompt* prompt, const Memory* memory, const int64_t* paddings, float* x,
-                         void* normed) {
-    ((Decoder*)handle)->read(*prompt, *memory, paddings, x, (uint16_t*)normed);
+void decoder_read_prompt(void* handle, const Prompt* prompt, const Memory* memory, float* x, void* normed) {
+    ((Decoder*)handle)->read(*prompt, *memory, x, (uint16_t*)normed);
 }
 
 void decoder_attend_prompt(void* handle, int64_t length, int64_t stride, int64_t capacity, const void* queries,
                            const void* keys, const void* values, void* mixed) {
     const Decoder& decoder = *(Decoder*)handle;
     const Shape& shape = decoder.shape;
-    attend_tiled({shape.heads, shape.kv_heads, shape.head_dim, length, stride, capacity}, (const uint16_t*)queries,
-                 (const uint16_t*)keys, (const uint16_t*)values, (uint16_t*)mixed, decoder.threads);
+    attend_tiled({{(const uint16_t*)queries, (const uint16_t*)keys, (const uint16_t*)values, (uint16_t*)mixed, 0,
+                   length, stride, capacity, shape.heads, shape.kv_heads, shape.head_dim}},
+                 decoder.threads);
 }
 
 void decoder_gate_times_up(void* handle, int64_t count, void* gate, const void* up) {

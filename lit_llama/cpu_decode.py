@@ -89,7 +89,8 @@ class _Prompt(Structure):
 
 class _Memory(Structure):
     _fields_ = [
-        ("kind", c_int64),
+        *((name, c_int64) for name in ("kind", "length")),
+        ("paddings", c_void_p),
         *((name, POINTER(c_void_p)) for name in ("keys", "values", "key_scales", "value_scales")),
     ]
 
@@ -154,7 +155,7 @@ class CPUDecoder:
         tables = self._rotary_tables(cache.positions.expand(rows, -1))
         columns, capacity = cache.columns.expand(rows, -1).contiguous(), cache.capacity
         x = self.model.model.embed_tokens(input_ids).float()
-        if self._all_tiled and cache.dtype == torch.bfloat16 and self._sees_itself(cache, length):
+        if self._all_tiled and cache.dtype == torch.bfloat16 and not self._windowed(cache, length):
             prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, *tables)))
             normed = self._read_tiled(x, cache, prompt)
             cache.length += length
@@ -192,14 +193,14 @@ class CPUDecoder:
         normed = torch.empty(len(x), min(prompt.length, 2), x.shape[-1], dtype=cache.dtype)
         paddings = torch.zeros(len(x), dtype=torch.int64) if cache.padding is None else cache.padding
         memory = (_pointers(tensors) for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
-        memory = _Memory(_KINDS[cache.keys[0].dtype], *memory)
-        structures, tensors = map(ctypes.byref, (prompt, memory)), map(_pointer, (paddings, x, normed))
-        self.library.decoder_read_prompt(self.handle, *structures, *tensors)
+        memory = _Memory(_KINDS[cache.keys[0].dtype], cache.length, _pointer(paddings), *memory)
+        structures = map(ctypes.byref, (prompt, memory))
+        self.library.decoder_read_prompt(self.handle, *structures, _pointer(x), _pointer(normed))
         return normed[:, -1]
 
-    def _sees_itself(self, cache: KVCache, length: int) -> bool:
-        """Whether the tokens of a prompt see all tokens before them, and these are all in the prompt."""
-        return not cache.length and (cache.sliding_window is None or length <= cache.sliding_window)
+    def _windowed(self, cache: KVCache, length: int) -> bool:
+        """Whether some of the next tokens do not see all that came before them."""
+        return cache.sliding_window is not None and cache.length + length > cache.sliding_window
 
     def _begin_pass(self, input_ids: Tensor, cache: KVCache) -> None:
         if self.bank is not None:
@@ -219,7 +220,7 @@ class CPUDecoder:
         self.library.decoder_rotate_and_store(self.handle, ctypes.byref(prompt), *pointers)
         if not in_place:
             keys, values = cache.append(layer, keys, values)
-        if not self._sees_itself(cache, length):
+        if cache.length or self._windowed(cache, length):  # more than a triangle
             keys, values = keys[:, :, : cache.attended], values[:, :, : cache.attended]
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=cache.mask, enable_gqa=True)
             return mixed.transpose(1, 2).flatten(2)
@@ -434,7 +435,7 @@ def _library() -> ctypes.CDLL | None:
     library.decoder_rotate_and_store.argtypes = [c_void_p, POINTER(_Prompt), *[c_void_p] * 6]
     library.decoder_unpack.argtypes = [c_void_p, *[c_int64] * 4, c_void_p]
     library.decoder_multiply_prompt.argtypes = [c_void_p, *[c_int64] * 3, c_void_p, c_void_p]
-    library.decoder_read_prompt.argtypes = [c_void_p, POINTER(_Prompt), POINTER(_Memory), *[c_void_p] * 3]
+    library.decoder_read_prompt.argtypes = [c_void_p, POINTER(_Prompt), POINTER(_Memory), c_void_p, c_void_p]
     library.decoder_attend_prompt.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 4]
     library.decoder_gate_times_up.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     library.decoder_delete.argtypes = [c_void_p]

@@ -40,9 +40,15 @@ struct Product {  // to (tokens, out) = x times a matrix in bf16 or quantized
     uint16_t* to;
 };
 
-struct Attention {
-    long heads, kv_heads, head_dim;  // the last a multiple of 32
-    long length, stride, capacity;   // of a head: tokens, numbers from its queries to the next's, columns of the cache
+struct Attention {  // causal, of some tokens of a row to itself and what comes before it
+    const uint16_t* queries;         // (heads, stride / d, d), of which there are `length` each
+    const uint16_t *keys, *values;   // (kv_heads, capacity, d), in the order of the tokens from the first column on
+    uint16_t* mixed;                 // (length, heads, d)
+    long before, length;             // tokens: whose keys there are only, and whose queries as well
+    long stride, capacity;
+    long heads, kv_heads, head_dim;  // the last, d, is a multiple of 32
+
+    const uint16_t* head(const uint16_t* tensor, long kv_head) const { return tensor + kv_head * capacity * head_dim; }
 };
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -258,52 +264,78 @@ float exponentials(float* scores, long count, long length, long d, uint16_t* to)
     return 1 / _mm512_reduce_add_ps(total);
 }
 
-// Causal attention of a prompt to itself: queries (heads, length, d), keys and values (kv_heads, capacity, d), mixed
-// (length, heads, d).
-void attend_tiled(const Attention& a, const uint16_t* queries, const uint16_t* keys, const uint16_t* values,
-                  uint16_t* mixed, int threads) {
-    long d = a.head_dim, length = a.length, blocks = (length + BLOCK - 1) / BLOCK, size = BLOCK * BLOCK;
-    long numbers = a.kv_heads * blocks * BLOCK * d;
-    Buffer<uint16_t> packed_keys(numbers), packed_values(numbers);
+struct Piece {  // of attention: a block of 32 keys, or queries, of a head
+    const Attention* row;
+    long head, block;
+    long packed;  // where the row's blocks of keys and values begin
+    long seen() const { return std::min(row->before + (block + 1) * BLOCK, row->before + row->length); }
+};
+
+void attend_tiled(const std::vector<Attention>& rows, int threads) {
+    long d = rows[0].head_dim, size = BLOCK * BLOCK, packed = 0, most = 0;
+    std::vector<Piece> to_pack, to_attend;
+    auto blocks_of = [](long tokens) { return (tokens + BLOCK - 1) / BLOCK; };
+    for (const Attention& row : rows) {
+        long blocks = blocks_of(row.before + row.length);
+        for (long head = 0; head < row.kv_heads; head++)
+            for (long block = 0; block < blocks; block++) to_pack.push_back({&row, head, block, packed});
+        for (long head = 0; head < row.heads; head++)
+            for (long block = 0; block < blocks_of(row.length); block++)
+                to_attend.push_back({&row, head, block, packed});
+        packed += row.kv_heads * blocks;
+        most = std::max(most, blocks);
+    }
+    // The queries that see most first, so that no thread is left with much.
+    std::stable_sort(to_attend.begin(), to_attend.end(), [](auto& a, auto& b) { return a.seen() > b.seen(); });
+    Buffer<uint16_t> packed_keys(packed * BLOCK * d), packed_values(packed * BLOCK * d);
     // Of a head's keys block after block; of its values 32 dimensions after the others, each block after block.
-    auto keys_of = [&](long kv_head, long block) { return packed_keys + (kv_head * blocks + block) * BLOCK * d; };
-    auto values_of = [&](long kv_head, long block, long at) {
-        return packed_values + ((kv_head * d + at) / BLOCK * blocks + block) * size;
+    auto keys_of = [&](const Piece& piece, long kv_head, long block) {
+        long blocks = blocks_of(piece.row->before + piece.row->length);
+        return packed_keys + (piece.packed + kv_head * blocks + block) * BLOCK * d;
+    };
+    auto values_of = [&](const Piece& piece, long kv_head, long block, long at) {
+        long blocks = blocks_of(piece.row->before + piece.row->length);
+        return packed_values + (piece.packed + kv_head * blocks) * BLOCK * d + (at / BLOCK * blocks + block) * size;
     };
     auto nothing = [](long) {};
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        Buffer<uint16_t> room(BLOCK * d), shares(blocks * size);
-        Buffer<float> scores(blocks * size);
+        Buffer<uint16_t> room(BLOCK * d), shares(most * size);
+        Buffer<float> scores(most * size);
         alignas(64) float c[BLOCK * BLOCK];
 #pragma omp for schedule(dynamic)
-        for (long piece = 0; piece < a.kv_heads * blocks; piece++) {
-            long kv_head = piece / blocks, block = piece % blocks, start = block * BLOCK;
-            long place = (kv_head * a.capacity + start) * d;
-            const uint16_t* rows = whole_block(keys + place, length - start, d, room);
-            pack_columns(rows, rows + 16 * d, d, d, keys_of(kv_head, block));
-            rows = whole_block(values + place, length - start, d, room);
-            for (long at = 0; at < d; at += BLOCK) pack_rows(rows + at, d, values_of(kv_head, block, at));
+        for (long i = 0; i < (long)to_pack.size(); i++) {
+            const Piece& piece = to_pack[i];
+            const Attention& row = *piece.row;
+            long start = piece.block * BLOCK, count = row.before + row.length - start;
+            const uint16_t* keys = whole_block(row.head(row.keys, piece.head) + start * d, count, d, room);
+            pack_columns(keys, keys + 16 * d, d, d, keys_of(piece, piece.head, piece.block));
+            const uint16_t* values = whole_block(row.head(row.values, piece.head) + start * d, count, d, room);
+            for (long at = 0; at < d; at += BLOCK)
+                pack_rows(values + at, d, values_of(piece, piece.head, piece.block, at));
         }
 #pragma omp for schedule(dynamic)
-        for (long piece = 0; piece < a.heads * blocks; piece++) {
-            // The last queries, which see most, first, so that no thread is left with much.
-            long head = piece % a.heads, block = blocks - 1 - piece / a.heads, kv_head = head * a.kv_heads / a.heads;
-            long start = block * BLOCK, count = std::min(BLOCK, length - start), seen = start + BLOCK;
-            const uint16_t* own = whole_block(queries + head * a.stride + start * d, count, d, room);
-            for (long other = 0; other <= block; other++)
-                multiply_block(own, d, keys_of(kv_head, other), d / BLOCK, scores + other * BLOCK, seen, nothing);
+        for (long i = 0; i < (long)to_attend.size(); i++) {
+            const Piece& piece = to_attend[i];
+            const Attention& row = *piece.row;
+            long kv_head = piece.head * row.kv_heads / row.heads, blocks = blocks_of(piece.seen());
+            long start = piece.block * BLOCK, count = std::min(BLOCK, row.length - start), seen = blocks * BLOCK;
+            const uint16_t* own = whole_block(row.queries + piece.head * row.stride + start * d, count, d, room);
+            for (long other = 0; other < blocks; other++) {
+                const uint16_t* keys = keys_of(piece, kv_head, other);
+                multiply_block(own, d, keys, d / BLOCK, scores + other * BLOCK, seen, nothing);
+            }
             __m512 factors[BLOCK];
-            for (long row = 0; row < count; row++)
-                factors[row] = _mm512_set1_ps(
-                    exponentials(scores + row * seen, start + row + 1, seen, d, shares + row * seen));
+            for (long t = 0; t < count; t++)
+                factors[t] = _mm512_set1_ps(
+                    exponentials(scores + t * seen, row.before + start + t + 1, seen, d, shares + t * seen));
             for (long at = 0; at < d; at += BLOCK) {
-                multiply_block(shares, seen, values_of(kv_head, 0, at), block + 1, c, BLOCK, nothing);
-                for (long row = 0; row < count; row++)
-                    round_to(_mm512_load_ps(c + row * BLOCK) * factors[row],
-                             _mm512_load_ps(c + row * BLOCK + 16) * factors[row],
-                             mixed + ((start + row) * a.heads + head) * d + at);
+                multiply_block(shares, seen, values_of(piece, kv_head, 0, at), blocks, c, BLOCK, nothing);
+                for (long t = 0; t < count; t++)
+                    round_to(_mm512_load_ps(c + t * BLOCK) * factors[t],
+                             _mm512_load_ps(c + t * BLOCK + 16) * factors[t],
+                             row.mixed + ((start + t) * row.heads + piece.head) * d + at);
             }
         }
     }
@@ -313,7 +345,7 @@ void attend_tiled(const Attention& a, const uint16_t* queries, const uint16_t* k
 
 bool tiles_permitted() { return false; }  // and nothing below is called
 void multiply_tiled(const std::vector<Product>&, long, const uint16_t*, int) {}
-void attend_tiled(const Attention&, const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*, int) {}
+void attend_tiled(const std::vector<Attention>&, int) {}
 
 #endif
 

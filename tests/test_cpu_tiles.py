@@ -124,22 +124,25 @@ def test_rows_and_threads_change_nothing(base: Path) -> None:
 
 
 @pytest.mark.parametrize("quantize_cache", [None, "int8"])
-@pytest.mark.parametrize("nothing", [None, [0, 37, 64]])
+@pytest.mark.parametrize("nothing", [[0, 0, 0], [0, 37, 64]])
 @torch.inference_mode()
-def test_one_call_does_what_many_do(base: Path, quantize_cache: str | None, nothing: list[int] | None) -> None:
-    model, ids, padding = loaded(base), token_ids(3, 90), None if nothing is None else torch.tensor(nothing)
+def test_one_call_does_what_many_do(base: Path, quantize_cache: str | None, nothing: list[int]) -> None:
+    """Layer by layer, in pieces of which each goes on behind those before, and all at once: to the bit."""
+    model, ids, padding = loaded(base), token_ids(3, 90), torch.tensor(nothing) if any(nothing) else None
     decoder, found = decoder_of(model, threads=2), []
-    for all_tiled in (True, False):
-        assert decoder._all_tiled or not all_tiled
+    assert decoder._all_tiled
+    for all_tiled, pieces in ((False, 1), (True, 1), (True, 3)):
         decoder._all_tiled = all_tiled
         cache = KVCache(model.config, 3, 100, torch.bfloat16, padding=padding, quantize=quantize_cache)
-        tensors = [decoder.read(ids, cache), *cache.tensors()]
+        hidden = [decoder.read(piece, cache) for piece in ids.chunk(pieces, dim=1)][-1]
         # Of what padding leaves behind it is enough that it is finite.
-        lengths = [90 - padding for padding in nothing or [0, 0, 0]]
-        found.append([tensors[0], *(t[row, :, :length] for t in tensors[1:] for row, length in enumerate(lengths))])
-        assert all(tensor.isfinite().all() for tensor in tensors)
-    assert len(found[0]) == 1 + 3 * (4 if quantize_cache is None else 8)
-    assert all(map(torch.equal, *found))
+        lengths = [90 - padding for padding in nothing]
+        held = [tensor[row, :, :length] for tensor in cache.tensors() for row, length in enumerate(lengths)]
+        assert len(held) == 3 * (4 if quantize_cache is None else 8)
+        assert all(tensor.isfinite().all() for tensor in (hidden, *cache.tensors()))
+        found.append([hidden, *held])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
 
 
 def test_adapted_layers_go_beside(base: Path) -> None:
