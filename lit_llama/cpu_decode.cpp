@@ -1,5 +1,5 @@
-// A Llama on a CPU: a few tokens of a few rows at once with every weight read once, where it lies; and, of a prompt,
-// what lies between the matrix products, for which it makes quantized weights dense, or by `cpu_tiles.hpp` these too.
+// A Llama on a CPU: a few tokens of a few rows at once with every weight read once, where it lies; and prompts, by
+// `cpu_tiles.hpp` as a whole, or what lies between the matrix products, for which it makes quantized weights dense.
 //
 // Plain loops, which the compiler turns into vector instructions, and no library. Residuals and activations are fp32,
 // weights any of `cpu_weights.hpp`, keys and values all of these but 4 bits. What is computed for a row does not depend
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <thread>
 #include <vector>
 
@@ -52,6 +53,7 @@ struct Step {  // what changes from step to step
 struct Prompt {
     int64_t rows, length, capacity;
     const int64_t* columns;        // (rows, length): where keys and values of the tokens are put
+    const int64_t* adapters;       // (rows,) index into the adapters, -1 the base alone
     const float *cosines, *sines;  // (rows, length, head_dim), the first half of sines negated
 };
 
@@ -77,6 +79,11 @@ void rotate(const T* x, const float* cosines, const float* sines, long head_dim,
     }
 }
 
+struct Rounded {  // an adapter's factors in bf16, the rank filled up with zeros to a multiple of 32
+    Buffer<uint16_t> A, B;
+    Matrix lower;  // of A
+};
+
 struct Phase {
     alignas(64) std::atomic<long> next;  // apart, since one is written while the other is waited for
     alignas(64) std::atomic<long> done;
@@ -87,6 +94,7 @@ struct Decoder {
     std::vector<Matrix> matrices;  // layers * SLOTS, then the head
     std::vector<const float*> norms;  // two a layer, then the last
     std::vector<std::vector<LowRank>> adapters;
+    std::vector<std::map<long, Rounded>> rounded;  // by the matrix; for prompts by tiles
     long max_rank = 0;
 
     Step step;
@@ -399,6 +407,63 @@ struct Decoder {
         });
     }
 
+    std::map<long, Rounded> round(const std::vector<LowRank>& adapter) const {
+        std::map<long, Rounded> factors;
+        for (long i = 0; i < (long)adapter.size(); i++) {
+            const LowRank& a = adapter[i];
+            long r = (a.r + 31) / 32 * 32, in = matrices[i].in, out = matrices[i].out;
+            if (a.r == 0 || in % 32 || out % 32) continue;
+            Rounded own{Buffer<uint16_t>(r * in), Buffer<uint16_t>(out * r), {}};
+            std::fill_n((uint16_t*)own.A, r * in, 0);
+            std::fill_n((uint16_t*)own.B, out * r, 0);
+            for (long k = 0; k < a.r * in; k++) store(a.A[k], own.A[k]);
+            for (long k = 0; k < out * a.r; k++) store(a.B[k], own.B[k / a.r * r + k % a.r]);
+            own.lower = {BF16, r, in, own.A};
+            factors.emplace(i, std::move(own));
+        }
+        return factors;
+    }
+
+    // Products of x, `length` tokens a row, with what each row's adapter adds: a few more columns to sum over, which
+    // are zero for the tokens of other adapters and left out where a block has none of its own.
+    void multiply(const Prompt& p, long length, const uint16_t* x, std::vector<Product> products) {
+        long tokens = p.rows * length, blocks = (tokens + 31) / 32, in = products[0].matrix->in;
+        std::vector<Buffer<uint16_t>> lows;
+        for (long index = 0; index < (long)rounded.size(); index++) {
+            std::vector<std::pair<long, long>> runs;  // of the adapter's tokens
+            for (long row = 0; row < p.rows; row++) {
+                if (p.adapters[row] != index) continue;
+                if (!runs.empty() && runs.back().second == row * length) runs.back().second += length;
+                else runs.push_back({row * length, (row + 1) * length});
+            }
+            if (runs.empty()) continue;
+            std::vector<bool> own_blocks(blocks);
+            for (auto [start, end] : runs)
+                for (long block = start / 32; block * 32 < end; block++) own_blocks[block] = true;
+            std::vector<Product> lowering;
+            for (Product& product : products)
+                for (const Matrix* matrix : {product.matrix, product.up}) {
+                    if (!matrix) continue;
+                    auto found = rounded[index].find(matrix - matrices.data());
+                    if (found == rounded[index].end()) continue;
+                    const Rounded& factors = found->second;
+                    long r = factors.lower.out;
+                    lows.emplace_back(blocks * 32 * r);
+                    std::fill_n((uint16_t*)lows.back(), blocks * 32 * r, 0);
+                    lowering.push_back({&factors.lower, nullptr, lows.back()});
+                    const uint16_t* first = matrix == product.matrix ? (uint16_t*)factors.B : nullptr;
+                    const uint16_t* second = product.up && first ? nullptr : (uint16_t*)factors.B;
+                    product.updates.push_back({lows.back(), first, second, r, own_blocks});
+                }
+            for (auto [start, end] : runs) {
+                std::vector<Product> own = lowering;
+                for (Product& product : own) product.to += start * product.matrix->out;
+                if (!own.empty()) multiply_tiled(own, end - start, x + start * in, threads);
+            }
+        }
+        multiply_tiled(products, tokens, x, threads);
+    }
+
     // A prompt by tiles, behind what the cache holds already, all of which its tokens see. Residuals x (rows, length,
     // hidden); normed: of the last two tokens of each row, of which nothing else is asked.
     void read(const Prompt& p, const Memory& memory, float* x, uint16_t* last_normed) {
@@ -413,13 +478,14 @@ struct Decoder {
         Buffer<uint16_t> fresh_keys(fresh), fresh_values(fresh), held_keys(held), held_values(held);
         std::vector<int64_t> in_order(tokens);
         for (long i = 0; i < tokens; i++) in_order[i] = i % p.length;
-        Prompt beside = {p.rows, p.length, p.length, in_order.data(), p.cosines, p.sines};
+        Prompt beside = p;
+        beside.capacity = p.length, beside.columns = in_order.data();
         for (long layer = 0; layer < shape.layers; layer++) {
             const Matrix* own = matrices.data() + layer * SLOTS;
             uint16_t *keys = (uint16_t*)memory.keys[layer], *values = (uint16_t*)memory.values[layer];
             add_and_normalise<uint16_t>(tokens, x, layer ? (uint16_t*)added : nullptr, 2 * layer, normed);
-            multiply_tiled({{own + Q, nullptr, projected}, {own + K, nullptr, k}, {own + V, nullptr, v}}, tokens,
-                           normed, threads);
+            multiply(p, p.length, normed,
+                     {{own + Q, nullptr, projected}, {own + K, nullptr, k}, {own + V, nullptr, v}});
             if (in_place) rotate_and_store<uint16_t>(p, projected, k, v, queries, keys, values);
             else {  // attention sees what a cache of int8 holds
                 rotate_and_store<uint16_t>(beside, projected, k, v, queries, fresh_keys, fresh_values);
@@ -447,10 +513,11 @@ struct Decoder {
                 }
                 tokens = p.rows * kept;
             }
-            multiply_tiled({{own + O, nullptr, added}}, tokens, mixed, threads);
+            long length = tokens / p.rows;
+            multiply(p, length, mixed, {{own + O, nullptr, added}});
             add_and_normalise<uint16_t>(tokens, x, added, 2 * layer + 1, normed);
-            multiply_tiled({{own + GATE, own + UP, gated}}, tokens, normed, threads);
-            multiply_tiled({{own + DOWN, nullptr, added}}, tokens, gated, threads);
+            multiply(p, length, normed, {{own + GATE, own + UP, gated}});
+            multiply(p, length, gated, {{own + DOWN, nullptr, added}});
         }
         add_and_normalise<uint16_t>(tokens, x, added, 2 * shape.layers, last_normed);
     }
@@ -486,10 +553,13 @@ void decoder_set_adapters(void* handle, const LowRank* adapters, int64_t count) 
     Decoder* decoder = (Decoder*)handle;
     long matrices = decoder->shape.layers * SLOTS;
     decoder->adapters.clear();
+    decoder->rounded.clear();
     decoder->max_rank = 0;
     for (long i = 0; i < count; i++) {
         decoder->adapters.emplace_back(adapters + i * matrices, adapters + (i + 1) * matrices);
         for (const LowRank& a : decoder->adapters.back()) decoder->max_rank = std::max(decoder->max_rank, (long)a.r);
+        if (decoder->shape.bf16 && tiles_permitted())
+            decoder->rounded.push_back(decoder->round(decoder->adapters.back()));
     }
 }
 

@@ -2,10 +2,11 @@
 
 PyTorch spends most of a step of generation between kernels, and its kernels for few rows read the weights at half of
 what the memory can. `cpu_decode.cpp` does a whole step in one call, on the weights where they lie: nothing is copied or
-packed, so that it is ready at once. Of a prompt all but the matrix products and attention is in that file too, and on
-processors with tiles for bf16 (Intel's AMX) these as well; elsewhere they are PyTorch's, and so are the products of
-adapted layers. It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without one,
-or with a layer that it does not know, everything goes through the model as before.
+packed, so that it is ready at once. On processors with tiles for bf16 (Intel's AMX) it reads a prompt in one call too,
+each row with its adapter. Elsewhere, and where a window has rolled on, the matrix products and attention of a prompt
+are PyTorch's, layer by layer, and only what lies between them is in that file. It is compiled the first time, which
+takes seconds, with the machine's own C++ compiler; without one, or with a layer that it does not know, everything goes
+through the model as before.
 
 Which tokens are asked for and how they are chosen is `generation.py`; keys and values lie in `model.KVCache`.
 """
@@ -83,7 +84,7 @@ class _Step(Structure):
 class _Prompt(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "length", "capacity")),
-        *((name, c_void_p) for name in ("columns", "cosines", "sines")),
+        *((name, c_void_p) for name in ("columns", "adapters", "cosines", "sines")),
     ]
 
 
@@ -129,12 +130,13 @@ class CPUDecoder:
         four_bits = [layer.four_bits() if isinstance(layer, QuantizedLinear) else None for layer in weights]
         matrices = (_Matrix * len(weights))(*map(_matrix, weights, four_bits))
         self._weights, self._four_bits = weights, four_bits  # their memory is read for as long as this lives
-        self._tiled: dict[nn.Module, int] = {}
+        tiles = bool(shape.bf16 and library.decoder_tiles())
+        pairs = enumerate(zip(layers[:-1], weights[:-1], strict=True))
+        self._tiled = {layer: number for number, (layer, own) in pairs if tiles and layer is own and _suits_tiles(own)}
         """The layers whose products with prompts the processor's tiles take, and their numbers."""
-        if shape.bf16 and library.decoder_tiles():
-            pairs = enumerate(zip(layers[:-1], weights[:-1], strict=True))
-            self._tiled = {layer: number for number, (layer, own) in pairs if layer is own and _suits_tiles(layer)}
-        self._all_tiled = len(self._tiled) == len(layers) - 1 and config.head_dim % 32 == 0
+        self._tiled_attention = tiles and config.head_dim % 32 == 0
+        self._all_tiled = self._tiled_attention and all(map(_suits_tiles, weights[:-1]))
+        """Whether a prompt can be read in one call, adapted layers too."""
         self.handle = c_void_p(
             library.decoder_new(ctypes.byref(shape), matrices, _pointers(self._norms), torch.get_num_threads())
         )
@@ -154,9 +156,10 @@ class CPUDecoder:
         cache.prepare(length, in_order=True)
         tables = self._rotary_tables(cache.positions.expand(rows, -1))
         columns, capacity = cache.columns.expand(rows, -1).contiguous(), cache.capacity
+        adapters = self._adapters_of(cache, rows)
         x = self.model.model.embed_tokens(input_ids).float()
         if self._all_tiled and cache.dtype == torch.bfloat16 and not self._windowed(cache, length):
-            prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, *tables)))
+            prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, adapters, *tables)))
             normed = self._read_tiled(x, cache, prompt)
             cache.length += length
             return normed
@@ -164,7 +167,7 @@ class CPUDecoder:
         in_place = not cache.key_scales and cache.first is None
         if not in_place:
             columns, capacity = torch.arange(length).repeat(rows, 1), length
-        prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, *tables)))
+        prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, adapters, *tables)))
 
         added, normed = None, torch.empty(x.shape, dtype=cache.dtype)
         for number, layer in enumerate(self.model.model.layers):
@@ -198,6 +201,12 @@ class CPUDecoder:
         self.library.decoder_read_prompt(self.handle, *structures, _pointer(x), _pointer(normed))
         return normed[:, -1]
 
+    def _adapters_of(self, cache: KVCache, rows: int) -> Tensor:
+        """Place of each row's adapter among those that the decoder has, (rows,) int64, -1 for the base."""
+        if self.bank is not None:
+            return torch.tensor(self.bank.rows_of(cache)[:rows])
+        return torch.full((rows,), len(self._adapters) - 1)  # the only one, or none
+
     def _windowed(self, cache: KVCache, length: int) -> bool:
         """Whether some of the next tokens do not see all that came before them."""
         return cache.sliding_window is not None and cache.length + length > cache.sliding_window
@@ -228,7 +237,7 @@ class CPUDecoder:
         if cache.padding is not None:
             mixed.zero_()
             paddings = cache.padding.tolist()
-        if self._tiled and head_dim % 32 == 0:
+        if self._tiled_attention:
             keys, values = keys.contiguous(), values.contiguous()
             for row, padding in enumerate(paddings):
                 own = (queries[row, :, padding:], keys[row], values[row], mixed[row, padding:])
@@ -295,10 +304,7 @@ class CPUDecoder:
         cos, sin = self._rotary_tables(positions)
         x = self.model.model.embed_tokens(tokens).float()
         logits = torch.empty(rows, length, self._weights[-1].out_features)
-        adapters = torch.full((rows,), len(self._adapters) - 1)  # the only one, or none
-        if self.bank is not None:
-            adapters = torch.tensor(self.bank.rows_of(cache)[:rows])
-        adapters = adapters.repeat_interleave(length)
+        adapters = self._adapters_of(cache, rows).repeat_interleave(length)
         inputs = map(_pointer, (positions, adapters, cos, sin))
         memory = (_pointers(tensors) for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
         kind = _KINDS[cache.keys[0].dtype]

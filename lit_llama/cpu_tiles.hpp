@@ -35,9 +35,16 @@ struct Buffer {  // lines of numbers, which are not set to anything
     operator T*() const { return (T*)lines.get(); }
 };
 
+struct Update {  // what an adapter adds to a product: B (A x)
+    const uint16_t *low, *first_B, *second_B;  // A x (tokens, r), zero for tokens of others; (out, r), null: nothing
+    long r;                                    // a multiple of 32
+    std::vector<bool> blocks;                  // whether any of 32 tokens is its own
+};
+
 struct Product {  // to (tokens, out) = x times a matrix in bf16 or quantized
     const Matrix *matrix, *up;  // not null: silu of that times x times `up`
     uint16_t* to;
+    std::vector<Update> updates = {};  // of the matrix by first_B; by second_B of `up`, or of the matrix as well
 };
 
 struct Attention {  // causal, of some tokens of a row to itself and what comes before it
@@ -70,16 +77,18 @@ struct Tiles {  // a thread's, all 8 of them, for as long as this lives
     ~Tiles() { _tile_release(); }
 };
 
-// c (32, 32) = left (32, 32 * steps) times packed columns; strides are in numbers. `meanwhile` is called back at each
-// step: other work fits between that of the tiles if it comes in small pieces.
-template <class Meanwhile>
-void multiply_block(const uint16_t* left, long stride, const uint16_t* packed, long steps, float* c, long c_stride,
-                    Meanwhile meanwhile) {
-    asm volatile("" ::: "memory");  // compilers do not know that tiles read memory
+void clear_block() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+
+// Adds left (32, 32 * steps), whose stride is in numbers, times packed columns. `meanwhile` is called back at each step:
+// other work fits between that of the tiles if it comes in small pieces.
+template <class Meanwhile>
+void add_to_block(const uint16_t* left, long stride, const uint16_t* packed, long steps, Meanwhile meanwhile) {
+    asm volatile("" ::: "memory");  // compilers do not know that tiles read memory
     for (long step = 0; step < steps; step++, left += BLOCK, packed += BLOCK * BLOCK) {
         meanwhile(step);
         _tile_loadd(4, left, 2 * stride);
@@ -91,14 +100,25 @@ void multiply_block(const uint16_t* left, long stride, const uint16_t* packed, l
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, 4 * c_stride);
-    _tile_stored(1, c + 16, 4 * c_stride);
-    _tile_stored(2, c + 16 * c_stride, 4 * c_stride);
-    _tile_stored(3, c + 16 * c_stride + 16, 4 * c_stride);
+}
+
+void store_block(float* c, long stride) {
+    _tile_stored(0, c, 4 * stride);
+    _tile_stored(1, c + 16, 4 * stride);
+    _tile_stored(2, c + 16 * stride, 4 * stride);
+    _tile_stored(3, c + 16 * stride + 16, 4 * stride);
+}
+
+void multiply_block(const uint16_t* left, long stride, const uint16_t* packed, long steps, float* c, long c_stride) {
+    clear_block();
+    add_to_block(left, stride, packed, steps, [](long) {});
+    store_block(c, c_stride);
 }
 
 // 16 or 32 numbers to bf16, to the nearest.
-void round_to(__m512 numbers, uint16_t* to) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(numbers)); }
+void round_to(__m512 numbers, uint16_t* to) {
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(numbers));
+}
 void round_to(__m512 first, __m512 second, uint16_t* to) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
@@ -184,7 +204,13 @@ constexpr long NEAR = 800 * 1024;  // numbers of tokens that stay in the second 
 void multiply_tiled(const std::vector<Product>& products, long tokens, const uint16_t* x, int threads) {
     long in = products[0].matrix->in, steps = in / BLOCK, rows_a_step = (BLOCK + steps - 1) / steps;
     long last = (tokens - 1) / BLOCK * BLOCK, blocks = last / BLOCK + 1, outputs = 0;
-    for (const Product& product : products) outputs += product.matrix->out;
+    long ranks = 0;  // of the product that has most of them
+    for (const Product& product : products) {
+        outputs += product.matrix->out;
+        long own = 0;
+        for (const Update& update : product.updates) own += update.r;
+        ranks = std::max(ranks, own);
+    }
     long parts = (blocks * BLOCK * in + NEAR - 1) / NEAR;
     long part = std::max((blocks + parts - 1) / parts, 8L) * BLOCK;
     long items = (tokens + part - 1) / part * (outputs / BLOCK);
@@ -193,6 +219,8 @@ void multiply_tiled(const std::vector<Product>& products, long tokens, const uin
     {
         Tiles tiles;
         Buffer<uint16_t> room(BLOCK * in), packed(BLOCK * in), dense(BLOCK * in);
+        Buffer<uint16_t> packed_updates(BLOCK * ranks), nothing(16 * ranks);
+        std::fill_n((uint16_t*)nothing, 16 * ranks, 0);
         const uint16_t* rest = whole_block(x + last * in, tokens - last, in, room);
         alignas(64) float results[2][BLOCK * BLOCK];
         auto multiply = [&](const Columns& own, const Columns* next, long start, long end) {
@@ -206,6 +234,13 @@ void multiply_tiled(const std::vector<Product>& products, long tokens, const uin
             };
             const uint16_t* lower = dense_rows(own.left(), own.j, dense);
             pack_columns(lower, dense_rows(own.right(), own.right_j(), dense + 16 * in), in, in, packed);
+            uint16_t* to = packed_updates;
+            for (const Update& update : product.updates) {
+                const uint16_t* first = update.first_B ? update.first_B + own.j * update.r : nothing;
+                const uint16_t* second = update.second_B ? update.second_B + own.right_j() * update.r : nothing;
+                pack_columns(first, second, update.r, update.r, to);
+                to += BLOCK * update.r;
+            }
             const float* done = nullptr;
             for (long t = start; t < end; t += BLOCK) {
                 if (next) {
@@ -214,13 +249,21 @@ void multiply_tiled(const std::vector<Product>& products, long tokens, const uin
                 }
                 float* c = results[t / BLOCK % 2];
                 const uint16_t* left = t == last ? rest : x + t * in;
-                multiply_block(left, in, packed, steps, c, BLOCK, [&](long step) {
+                clear_block();
+                add_to_block(left, in, packed, steps, [&](long step) {
                     for (long row = 0; row < BLOCK; row++)  // the next step's, which no processor foresees
                         _mm_prefetch((const char*)(left + row * in + (step + 1) * BLOCK), _MM_HINT_T0);
                     if (!done) return;
                     for (long row = step * rows_a_step; row < std::min(BLOCK, (step + 1) * rows_a_step); row++)
                         finish(done + row * BLOCK, t - BLOCK + row);
                 });
+                const uint16_t* B = packed_updates;
+                for (const Update& update : product.updates) {
+                    if (update.blocks[t / BLOCK])
+                        add_to_block(update.low + t * update.r, update.r, B, update.r / BLOCK, [](long) {});
+                    B += BLOCK * update.r;
+                }
+                store_block(c, BLOCK);
                 done = c;
             }
             long block = (end - 1) / BLOCK * BLOCK;
@@ -297,7 +340,6 @@ void attend_tiled(const std::vector<Attention>& rows, int threads) {
         long blocks = blocks_of(piece.row->before + piece.row->length);
         return packed_values + (piece.packed + kv_head * blocks) * BLOCK * d + (at / BLOCK * blocks + block) * size;
     };
-    auto nothing = [](long) {};
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
@@ -324,14 +366,14 @@ void attend_tiled(const std::vector<Attention>& rows, int threads) {
             const uint16_t* own = whole_block(row.queries + piece.head * row.stride + start * d, count, d, room);
             for (long other = 0; other < blocks; other++) {
                 const uint16_t* keys = keys_of(piece, kv_head, other);
-                multiply_block(own, d, keys, d / BLOCK, scores + other * BLOCK, seen, nothing);
+                multiply_block(own, d, keys, d / BLOCK, scores + other * BLOCK, seen);
             }
             __m512 factors[BLOCK];
             for (long t = 0; t < count; t++)
                 factors[t] = _mm512_set1_ps(
                     exponentials(scores + t * seen, row.before + start + t + 1, seen, d, shares + t * seen));
             for (long at = 0; at < d; at += BLOCK) {
-                multiply_block(shares, seen, values_of(piece, kv_head, 0, at), blocks, c, BLOCK, nothing);
+                multiply_block(shares, seen, values_of(piece, kv_head, 0, at), blocks, c, BLOCK);
                 for (long t = 0; t < count; t++)
                     round_to(_mm512_load_ps(c + t * BLOCK) * factors[t],
                              _mm512_load_ps(c + t * BLOCK + 16) * factors[t],

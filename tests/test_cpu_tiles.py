@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from lit_llama import cpu_decode
+from lit_llama.adapters import load_directory
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.config import LlamaConfig
 from lit_llama.cpu_decode import CPUDecoder, cpu_decoder
 from lit_llama.generation import generate, prepare_to_generate
 from lit_llama.kv_cache import KVCache
-from lit_llama.lora import LoRAConfig, inject_lora, lora_layers
+from lit_llama.lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
 from lit_llama.model import Llama
 from lit_llama.quantization import QuantizedLinear
 
@@ -42,7 +43,7 @@ def decoder_of(model: Llama, threads: int = 1) -> CPUDecoder:
     torch.set_num_threads(threads)
     decoder = cpu_decoder(model)
     torch.set_num_threads(before)
-    assert decoder is not None and decoder._tiled
+    assert decoder is not None and decoder._all_tiled
     return decoder
 
 
@@ -145,16 +146,56 @@ def test_one_call_does_what_many_do(base: Path, quantize_cache: str | None, noth
         assert all(map(torch.equal, found[0], others))
 
 
-def test_adapted_layers_go_beside(base: Path) -> None:
-    model, ids = loaded(base), token_ids(2, 70)
-    inject_lora(model, LoRAConfig(r=4, targets=["q_proj", "up_proj"]))
+ADAPTERS = (dict(r=4, targets=["q_proj", "up_proj"]), dict(r=40), dict(r=8, targets=["gate_proj", "down_proj"]))
+
+
+def save_random_adapter(base: Path, directory: Path, options: dict) -> None:
+    model = load_model(base, torch.float32)
+    inject_lora(model, LoRAConfig(**options))
+    torch.manual_seed(1)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
-    model.eval()
-    with torch.inference_mode():
-        expected = model.model(ids)[:, -1].float()
-    assert len(decoder_of(model)._tiled) == 2 * 5  # all but two a layer
-    torch.testing.assert_close(read(model, ids).float(), expected, rtol=0.05, atol=0.1)
+    save_adapter(model, directory, base_model=str(base))
+
+
+@pytest.mark.parametrize("options", ADAPTERS)
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+@torch.inference_mode()
+def test_adapted_prompts_are_no_further_from_the_truth(base: Path, tmp_path: Path, weights: str, options: dict) -> None:
+    model, truth, ids = loaded(base, weights), load_model(base, torch.float32), token_ids(2, 70)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            truth.get_submodule(name).weight = torch.nn.Parameter(weight_of(layer).float())
+    before = truth.eval().model(ids)[:, -1]
+    save_random_adapter(base, tmp_path / "adapter", options)
+    for adapted in (model, truth):
+        load_adapter(adapted, tmp_path / "adapter")
+        adapted.eval()
+    expected, own = truth.model(ids)[:, -1], model.model(ids)[:, -1].float()
+    decoder = decoder_of(model)
+    assert (expected - before).abs().mean() > 10 * (own - expected).abs().mean()
+    for decoder._all_tiled in (True, False):
+        cache = KVCache(model.config, 2, 70, torch.bfloat16)
+        found = decoder.read(ids, cache).float()
+        assert 0 < (found - expected).abs().mean() <= (own - expected).abs().mean() * (1 if decoder._all_tiled else 1.2)
+
+
+@torch.inference_mode()
+def test_rows_take_their_adapters_of_a_bank(base: Path, tmp_path: Path) -> None:
+    for number, options in enumerate(ADAPTERS):
+        save_random_adapter(base, tmp_path / "bank" / f"adapter {number}", options)
+    model, ids, nothing = loaded(base), token_ids(6, 70), [0, 33, 0, 0, 64, 10]
+    bank, _ = load_directory(model, tmp_path / "bank")
+    chosen = ["adapter 2", None, "adapter 1", "adapter 1", "adapter 0", "adapter 2"]
+    bank.select(chosen)
+    together = read(model, ids, threads=2, padding=torch.tensor(nothing))
+    for row, name in enumerate(chosen):
+        bank.select(name)
+        assert torch.equal(read(model, ids[[row], nothing[row] :])[0], together[row])
+        alone = loaded(base)
+        if name is not None:
+            load_adapter(alone, tmp_path / "bank" / name)
+        assert torch.equal(read(alone.eval(), ids[[row], nothing[row] :])[0], together[row])
 
 
 def test_text_goes_on_with_a_cache_of_8_bits(base: Path) -> None:
