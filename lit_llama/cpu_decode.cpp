@@ -504,7 +504,7 @@ struct Decoder {
                                 mixed + (row * p.length + start) * q_size, before, p.length - start, p.length * d,
                                 capacity, shape.heads, shape.kv_heads, d});
             }
-            attend_tiled(rows, threads);
+            if (!rows.empty()) attend_tiled(rows, threads);
             if (layer == shape.layers - 1) {
                 for (long row = 0; row < p.rows; row++) {
                     long from = (row + 1) * p.length - kept, to = row * kept;
