@@ -94,7 +94,7 @@ struct Decoder {
     std::vector<Matrix> matrices;  // layers * SLOTS, then the head
     std::vector<const float*> norms;  // two a layer, then the last
     std::vector<std::vector<LowRank>> adapters;
-    std::vector<std::map<long, Rounded>> rounded;  // by the matrix; for prompts by tiles
+    std::vector<std::map<long, Rounded>> rounded;  // by the matrix, of those whose prompts were read by tiles
     long max_rank = 0;
 
     Step step;
@@ -465,10 +465,14 @@ struct Decoder {
     }
 
     // A prompt by tiles, behind what the cache holds already, all of which its tokens see. Residuals x (rows, length,
-    // hidden); normed: of the last two tokens of each row, of which nothing else is asked.
+    // hidden); last_normed (rows, hidden): of the last tokens, of which alone more is asked than keys and values.
     void read(const Prompt& p, const Memory& memory, float* x, uint16_t* last_normed) {
         long d = shape.head_dim, q_size = shape.heads * d, kv_size = shape.kv_heads * d, hidden = shape.hidden;
-        long tokens = p.rows * p.length, kept = std::min(2L, (long)p.length), total = memory.length + p.length;
+        long tokens = p.rows * p.length, total = memory.length + p.length;
+        for (long row = 0; row < p.rows; row++) {
+            long index = p.adapters[row];
+            if (index >= 0 && rounded[index].empty()) rounded[index] = round(adapters[index]);
+        }
         Buffer<uint16_t> normed(tokens * hidden), projected(tokens * (q_size + 2 * kv_size)), queries(tokens * q_size);
         Buffer<uint16_t> mixed(tokens * q_size), gated(tokens * shape.intermediate), added(tokens * hidden);
         uint16_t *k = projected + tokens * q_size, *v = k + tokens * kv_size;
@@ -496,9 +500,9 @@ struct Decoder {
             std::vector<Attention> rows;
             long capacity = in_place ? p.capacity : total;
             for (long row = 0; row < p.rows; row++) {
-                // Padding has no place in the cache: a row's first token lies in its first column.
+                // A row's first token lies in its first column, whatever padding comes before it.
                 long nothing = memory.paddings[row], start = std::max(0L, nothing - (long)memory.length);
-                if (start == p.length) continue;
+                if (start >= p.length) continue;
                 long before = std::max(0L, (long)memory.length - nothing), first = row * kv_size * capacity;
                 rows.push_back({queries + row * p.length * q_size + start * d, keys + first, values + first,
                                 mixed + (row * p.length + start) * q_size, before, p.length - start, p.length * d,
@@ -507,11 +511,11 @@ struct Decoder {
             if (!rows.empty()) attend_tiled(rows, threads);
             if (layer == shape.layers - 1) {
                 for (long row = 0; row < p.rows; row++) {
-                    long from = (row + 1) * p.length - kept, to = row * kept;
-                    std::copy_n(x + from * hidden, kept * hidden, x + to * hidden);
-                    std::copy_n(mixed + from * q_size, kept * q_size, mixed + to * q_size);
+                    long last = (row + 1) * p.length - 1;
+                    std::copy_n(x + last * hidden, hidden, x + row * hidden);
+                    std::copy_n(mixed + last * q_size, q_size, mixed + row * q_size);
                 }
-                tokens = p.rows * kept;
+                tokens = p.rows;
             }
             long length = tokens / p.rows;
             multiply(p, length, mixed, {{own + O, nullptr, added}});
@@ -553,13 +557,11 @@ void decoder_set_adapters(void* handle, const LowRank* adapters, int64_t count) 
     Decoder* decoder = (Decoder*)handle;
     long matrices = decoder->shape.layers * SLOTS;
     decoder->adapters.clear();
-    decoder->rounded.clear();
+    decoder->rounded = std::vector<std::map<long, Rounded>>(count);
     decoder->max_rank = 0;
     for (long i = 0; i < count; i++) {
         decoder->adapters.emplace_back(adapters + i * matrices, adapters + (i + 1) * matrices);
         for (const LowRank& a : decoder->adapters.back()) decoder->max_rank = std::max(decoder->max_rank, (long)a.r);
-        if (decoder->shape.bf16 && tiles_permitted())
-            decoder->rounded.push_back(decoder->round(decoder->adapters.back()));
     }
 }
 

@@ -3,10 +3,10 @@
 PyTorch spends most of a step of generation between kernels, and its kernels for few rows read the weights at half of
 what the memory can. `cpu_decode.cpp` does a whole step in one call, on the weights where they lie: nothing is copied or
 packed, so that it is ready at once. On processors with tiles for bf16 (Intel's AMX) it reads a prompt in one call too,
-each row with its adapter. Elsewhere, and where a window has rolled on, the matrix products and attention of a prompt
-are PyTorch's, layer by layer, and only what lies between them is in that file. It is compiled the first time, which
-takes seconds, with the machine's own C++ compiler; without one, or with a layer that it does not know, everything goes
-through the model as before.
+each row with its adapter. Elsewhere, and where a window hides some tokens from others, a prompt is read layer by layer:
+what lies between the matrix products and attention is in that file, and these are PyTorch's unless tiles can do them.
+It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without one, or with a layer
+that it does not know, everything goes through the model as before.
 
 Which tokens are asked for and how they are chosen is `generation.py`; keys and values lie in `model.KVCache`.
 """
@@ -193,13 +193,13 @@ class CPUDecoder:
 
         What it executes has left the processor's caches by the time a product is done.
         """
-        normed = torch.empty(len(x), min(prompt.length, 2), x.shape[-1], dtype=cache.dtype)
+        normed = torch.empty(len(x), x.shape[-1], dtype=cache.dtype)
         paddings = torch.zeros(len(x), dtype=torch.int64) if cache.padding is None else cache.padding
         memory = (_pointers(tensors) for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
         memory = _Memory(_KINDS[cache.keys[0].dtype], cache.length, _pointer(paddings), *memory)
         structures = map(ctypes.byref, (prompt, memory))
         self.library.decoder_read_prompt(self.handle, *structures, _pointer(x), _pointer(normed))
-        return normed[:, -1]
+        return normed
 
     def _adapters_of(self, cache: KVCache, rows: int) -> Tensor:
         """Place of each row's adapter among those that the decoder has, (rows,) int64, -1 for the base."""

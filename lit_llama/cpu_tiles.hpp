@@ -36,9 +36,10 @@ struct Buffer {  // lines of numbers, which are not set to anything
 };
 
 struct Update {  // what an adapter adds to a product: B (A x)
-    const uint16_t *low, *first_B, *second_B;  // A x (tokens, r), zero for tokens of others; (out, r), null: nothing
-    long r;                                    // a multiple of 32
-    std::vector<bool> blocks;                  // whether any of 32 tokens is its own
+    // A x (tokens, r), zero for tokens of others and up to a whole block of 32; (out, r), null: nothing.
+    const uint16_t *low, *first_B, *second_B;
+    long r;                    // a multiple of 32
+    std::vector<bool> blocks;  // whether any of 32 tokens is its own
 };
 
 struct Product {  // to (tokens, out) = x times a matrix in bf16 or quantized
