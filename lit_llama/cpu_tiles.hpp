@@ -85,8 +85,8 @@ void clear_block() {
     _tile_zero(3);
 }
 
-// Adds left (32, 32 * steps), whose stride is in numbers, times packed columns. `meanwhile` is called back at each step:
-// other work fits between that of the tiles if it comes in small pieces.
+// Adds left (32, 32 * steps), whose stride is in numbers, times packed columns. `meanwhile` is called back at each
+// step: other work fits between that of the tiles if it comes in small pieces.
 template <class Meanwhile>
 void add_to_block(const uint16_t* left, long stride, const uint16_t* packed, long steps, Meanwhile meanwhile) {
     asm volatile("" ::: "memory");  // compilers do not know that tiles read memory
