@@ -427,3 +427,12 @@ def test_names_and_places_of_stored_tensors(tiny_checkpoint: Path) -> None:
 def test_library_is_not_needed_to_import_transformers() -> None:
     code = "import sys, lit_llama.checkpoint, lit_llama.gguf; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_loading_imports_no_compiler(tiny_checkpoint: Path) -> None:
+    """Which takes seconds, of those until the first token."""
+    program = (
+        "import sys; from lit_llama.checkpoint import load_model; load_model(sys.argv[1]);"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, tiny_checkpoint]).returncode == 0
