@@ -407,12 +407,13 @@ struct Decoder {
         });
     }
 
+    // An adapter's factors as tiles read them.
     std::map<long, Rounded> round(const std::vector<LowRank>& adapter) const {
         std::map<long, Rounded> factors;
         for (long i = 0; i < (long)adapter.size(); i++) {
             const LowRank& a = adapter[i];
             long r = (a.r + 31) / 32 * 32, in = matrices[i].in, out = matrices[i].out;
-            if (a.r == 0 || in % 32 || out % 32) continue;
+            if (a.r == 0) continue;
             Rounded own{Buffer<uint16_t>(r * in), Buffer<uint16_t>(out * r), {}};
             std::fill_n((uint16_t*)own.A, r * in, 0);
             std::fill_n((uint16_t*)own.B, out * r, 0);

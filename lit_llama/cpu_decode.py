@@ -8,7 +8,7 @@ what lies between the matrix products and attention is in that file, and these a
 It is compiled the first time, which takes seconds, with the machine's own C++ compiler; without one, or with a layer
 that it does not know, everything goes through the model as before.
 
-Which tokens are asked for and how they are chosen is `generation.py`; keys and values lie in `model.KVCache`.
+Which tokens are asked for and how they are chosen is `generation.py`; keys and values lie in `kv_cache.KVCache`.
 """
 
 import ctypes
@@ -158,7 +158,7 @@ class CPUDecoder:
         columns, capacity = cache.columns.expand(rows, -1).contiguous(), cache.capacity
         adapters = self._adapters_of(cache, rows)
         x = self.model.model.embed_tokens(input_ids).float()
-        if self._all_tiled and cache.dtype == torch.bfloat16 and not self._windowed(cache, length):
+        if self._all_tiled and cache.dtype == torch.bfloat16 and not cache.windowed(cache.length + length):
             prompt = _Prompt(rows, length, capacity, *map(_pointer, (columns, adapters, *tables)))
             normed = self._read_tiled(x, cache, prompt)
             cache.length += length
@@ -195,8 +195,8 @@ class CPUDecoder:
         """
         normed = torch.empty(len(x), x.shape[-1], dtype=cache.dtype)
         paddings = torch.zeros(len(x), dtype=torch.int64) if cache.padding is None else cache.padding
-        memory = (_pointers(tensors) for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
-        memory = _Memory(_KINDS[cache.keys[0].dtype], cache.length, _pointer(paddings), *memory)
+        kind = _KINDS[cache.keys[0].dtype]
+        memory = _Memory(kind, cache.length, _pointer(paddings), *_stored(cache))
         structures = map(ctypes.byref, (prompt, memory))
         self.library.decoder_read_prompt(self.handle, *structures, _pointer(x), _pointer(normed))
         return normed
@@ -206,10 +206,6 @@ class CPUDecoder:
         if self.bank is not None:
             return torch.tensor(self.bank.rows_of(cache)[:rows])
         return torch.full((rows,), len(self._adapters) - 1)  # the only one, or none
-
-    def _windowed(self, cache: KVCache, length: int) -> bool:
-        """Whether some of the next tokens do not see all that came before them."""
-        return cache.sliding_window is not None and cache.length + length > cache.sliding_window
 
     def _begin_pass(self, input_ids: Tensor, cache: KVCache) -> None:
         if self.bank is not None:
@@ -229,7 +225,7 @@ class CPUDecoder:
         self.library.decoder_rotate_and_store(self.handle, ctypes.byref(prompt), *pointers)
         if not in_place:
             keys, values = cache.append(layer, keys, values)
-        if cache.length or self._windowed(cache, length):  # more than a triangle
+        if cache.length or cache.windowed(cache.length + length):  # more than a triangle
             keys, values = keys[:, :, : cache.attended], values[:, :, : cache.attended]
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=cache.mask, enable_gqa=True)
             return mixed.transpose(1, 2).flatten(2)
@@ -306,9 +302,10 @@ class CPUDecoder:
         logits = torch.empty(rows, length, self._weights[-1].out_features)
         adapters = self._adapters_of(cache, rows).repeat_interleave(length)
         inputs = map(_pointer, (positions, adapters, cos, sin))
-        memory = (_pointers(tensors) for tensors in (cache.keys, cache.values, cache.key_scales, cache.value_scales))
         kind = _KINDS[cache.keys[0].dtype]
-        step = _Step(rows * length, length, kind, cache.capacity, *inputs, *memory, _pointer(x), _pointer(logits))
+        step = _Step(
+            rows * length, length, kind, cache.capacity, *inputs, *_stored(cache), _pointer(x), _pointer(logits)
+        )
         self.library.decoder_step(self.handle, ctypes.byref(step))
         cache.length += length
         return logits
@@ -407,6 +404,11 @@ def _pointer(tensor: Tensor) -> c_void_p:
 
 def _pointers(tensors: list[Tensor]) -> ctypes.Array:
     return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _stored(cache: KVCache) -> tuple[ctypes.Array, ...]:
+    """Where a cache has the keys, values and their scales of each layer."""
+    return tuple(map(_pointers, (cache.keys, cache.values, cache.key_scales, cache.value_scales)))
 
 
 @cache

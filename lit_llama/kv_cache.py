@@ -133,9 +133,10 @@ class KVCache:
         self.first = None
         if self._rolling and (new > 1 or in_order):
             self.first = (self.positions[:, -1:] - self.attended + 1).clamp_min(0)
-        self._masked = self.padding is not None or new > 1 or total != self.attended or self._windowed(total)
+        self._masked = self.padding is not None or new > 1 or total != self.attended or self.windowed(total)
 
-    def _windowed(self, total: int) -> bool:
+    def windowed(self, total: int) -> bool:
+        """Whether the last of so many tokens does not see all that came before it."""
         return self.sliding_window is not None and total > self.sliding_window
 
     @property

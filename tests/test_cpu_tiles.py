@@ -29,6 +29,9 @@ def base(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = Llama(config)
     model.initialize_(std=0.08)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # so that none is taken for another
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     save_checkpoint(model, tmp_path / "base", tokenizer_from=tiny_checkpoint)
     return tmp_path / "base"
 
